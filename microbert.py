@@ -1,0 +1,1414 @@
+"""MicroBERT: distil a fine-tuned BERT into a layer-pruned student, all of it in this file.
+
+[1] Zheng et al. 2024, MicroBERT             https://doi.org/10.3390/app14146171
+[2] Devlin et al. 2018, BERT                 https://arxiv.org/abs/1810.04805
+[3] Hinton et al. 2015, soft targets         https://arxiv.org/abs/1503.02531
+[4] Shazeer et al. 2017, mixture of experts  https://arxiv.org/abs/1701.06538
+[5] Goodfellow et al. 2014, GAN              https://arxiv.org/abs/1406.2661
+[6] Miyato et al. 2018, spectral norm        https://arxiv.org/abs/1802.05957
+
+Shapes: B batch, T tokens, H hidden_size, N heads, L layers, K matched layers, E = 3 experts
+(cls, max, mean), P expert_size, C labels, n examples.
+OURS(i) marks a choice that [1]'s public part does not settle; row i of the README table says why.
+
+Reading order: configs, encoder, checkpoints, features and experts, losses, the training loop, the
+teacher's pass, the commands. Everything above "running a task" works when this file alone is
+copied into another project; below it, data.py and glue.py are needed too.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import struct
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import numpy
+    from tokenizers import Tokenizer
+
+    import data
+    import glue
+
+__all__ = ["Bert", "BertConfig", "BertOutput", "Discriminator", "DistillConfig", "FeatureMapping",
+           "SentenceExperts", "adversarial_loss", "alignment_loss", "discriminator_loss",
+           "fit_experts", "hard_loss", "layer_map", "load_bert", "model_outputs", "prune",
+           "save_bert", "sentence_features", "soft_loss"]  # fmt: skip
+__version__ = "0.1.0"
+
+
+# --- configs -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """Shape of a BERT [2], under the keys of Hugging Face's config.json."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None  # None is hidden_dropout_prob
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int = 0
+    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")  # id2label; a single one is a score
+
+    @classmethod
+    def load(cls, path: str | Path) -> "BertConfig":
+        """Reads config.json. Raises ValueError naming what is not a BERT this file implements."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; a checkpoint folder has a config.json")
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON: {error}") from None
+        if not isinstance(stored, dict):
+            raise ValueError(f"{path}: a JSON {type(stored).__name__}, expected an object")
+        for key, implemented in _IMPLEMENTED.items():
+            if stored.get(key, implemented[0]) not in implemented:
+                raise ValueError(f"{path}: {key} {stored[key]!r}, implemented: {implemented[0]!r}")
+        values = {f.name: stored[f.name] for f in fields(cls) if f.name in stored}
+        names = stored.get("id2label") or {i: f"LABEL_{i}" for i in range(stored.get("num_labels", 2))}
+        try:
+            values["labels"] = tuple(str(names[key]) for key in sorted(names, key=int))
+            if sorted(map(int, names)) != list(range(len(names))):
+                raise ValueError(f"id2label has the ids {sorted(map(int, names))}, expected 0, 1, ...")
+            config = cls(**values)
+            config._check()
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path}: {error}") from None
+        return config
+
+    def _check(self) -> None:
+        for f in fields(self):
+            value, sizes = getattr(self, f.name), f.type in (int, "int")
+            if sizes and (type(value) is not int or not (f.name == "pad_token_id") <= value + 1 <= 2**24):
+                raise ValueError(f"{f.name} is {value!r}, expected a whole number of 1 to 2**24")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is no multiple of num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+
+    def to_json(self) -> str:
+        """The text of a config.json that Hugging Face's AutoModelForSequenceClassification reads."""
+        stored = asdict(self)
+        labels = stored.pop("labels")
+        stored |= {
+            "model_type": "bert",
+            "architectures": ["BertForSequenceClassification"],
+            "position_embedding_type": "absolute",
+            "id2label": {str(i): name for i, name in enumerate(labels)},
+            "label2id": {name: i for i, name in enumerate(labels)},
+            "problem_type": "regression" if len(labels) == 1 else "single_label_classification",
+        }
+        return json.dumps(stored, indent=2, sort_keys=True) + "\n"
+
+
+_IMPLEMENTED: dict[str, tuple] = {  # what BertConfig.load accepts under keys it does not keep
+    "model_type": ("bert",),
+    "position_embedding_type": ("absolute", None),
+    "hidden_act": ("gelu",),
+    "is_decoder": (False, None),
+    "add_cross_attention": (False, None),
+}
+
+
+def opt(default: Any, help: str) -> Any:
+    """A config field whose help text is its documentation; --help prints the same words."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Every option of every command: its default, and what --help says of it."""
+
+    task: str = opt("toy", "'toy' (built in, offline) or a GLUE task: CoLA SST-2 MRPC QQP STS-B ...")
+    data_dir: str = opt("glue", "folder of the GLUE files, DATA_DIR/TASK/train.tsv and so on")
+    bert: str = opt("", "checkpoint folder of a pre-trained BERT, fine-tuned into the teacher")
+    teacher: str = opt("", "checkpoint folder of a teacher already fine-tuned, in place of --bert")
+    out: str = opt("", "folder to write [out]; of predict: the file to write [standard output]")
+    overwrite: bool = opt(False, "replace the finished run that --out holds")
+    force: bool = opt(False, "distil even a teacher that is no better than the majority label")
+
+    layers: int = opt(0, "encoder layers the student keeps, evenly spaced; 0 is half the teacher's")
+    keep_layers: str = opt("", "or the layers themselves, counted from 1: 1,3,5")
+    moe: bool = opt(True, "mixture of experts over the sentence features")
+    fal: bool = opt(True, "feature alignment loss")
+    gan: bool = opt(True, "discriminator and adversarial loss")
+    soft: bool = opt(True, "soft targets")
+
+    temperature: float = opt(2.0, "tau of the soft targets")
+    soft_weight: float = opt(0.7, "weight a of the soft targets; the hard labels have 1 - a")
+    alignment_weight: float = opt(1.0, "weight b of the feature alignment loss")
+    adversarial_weight: float = opt(0.05, "weight c of the adversarial loss, once ramped up")
+    expert_size: int = opt(128, "width P of an expert's projection")
+    routing: str = opt("task", "'task': one gate per layer; 'sentence': a gate for each sentence")
+    balance_weight: float = opt(0.01, "weight of the importance loss that keeps every expert used")
+    transfer: float = opt(4.0, "unlabelled transfer texts per training example; 0 is none")
+
+    epochs: int = opt(0, "passes over training and transfer text; 0 chooses by their size")
+    teacher_epochs: int = opt(0, "passes of the teacher's fine-tuning; 0 chooses by size")
+    lr: float = opt(0.0, "the student's peak learning rate; 0 is 1e-4, or 1e-3 for toy")
+    teacher_lr: float = opt(0.0, "the teacher's peak learning rate; 0 is 5e-5, or 1e-3 for toy")
+    batch_size: int = opt(32, "texts per step")
+    warmup: float = opt(0.1, "share of the steps in which the learning rate rises")
+    weight_decay: float = opt(0.01, "AdamW's decay, of matrices only")
+    clip: float = opt(1.0, "largest norm of the gradient")
+    max_length: int = opt(128, "tokens per text, [CLS] and [SEP] included; longer ones are cut")
+    limit: int = opt(0, "use the first N training examples; 0 is all")
+    seed: int = opt(0, "of every random choice")
+    device: str = opt("auto", "'auto', 'cpu', 'cuda' or 'mps'")
+    precision: str = opt("fp32", "'fp32', or 'bf16' for autocast")
+    log_every: int = opt(50, "steps between two lines of the log")
+    checkpoint: str = opt("", "checkpoint folder, or the --out of a run, whose student it then is")
+    split: str = opt("dev", "the split to predict, 'dev' or 'test'")
+
+
+# --- encoder -------------------------------------------------------------------------------------
+
+
+class BertOutput(NamedTuple):
+    """What a BERT returns."""
+
+    logits: Tensor  # (B, C)
+    hidden_states: tuple[Tensor, ...]  # L + 1 of (B, T, H), embeddings first
+
+
+class BertLayer(nn.Module):
+    """Self-attention and feed-forward, each followed by a residual sum and a LayerNorm [2, 3.1]."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.layer_norm_eps
+        self.heads = config.num_attention_heads
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.query = nn.Linear(hidden, hidden)
+        self.key = nn.Linear(hidden, hidden)
+        self.value = nn.Linear(hidden, hidden)
+        self.attention_output = nn.Linear(hidden, hidden)
+        self.attention_norm = nn.LayerNorm(hidden, eps)
+        self.intermediate = nn.Linear(hidden, config.intermediate_size)
+        self.output = nn.Linear(config.intermediate_size, hidden)
+        self.output_norm = nn.LayerNorm(hidden, eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """hidden (B, T, H), mask (B, 1, 1, T) bool, True where a key may be seen -> (B, T, H)"""
+        attended = self.dropout(self.attention_output(self.attend(hidden, mask)))  # (B, T, H)
+        hidden = self.attention_norm(hidden + attended)  # (B, T, H)
+        widened = F.gelu(self.intermediate(hidden))  # (B, T, intermediate_size), exact GELU
+        return self.output_norm(hidden + self.dropout(self.output(widened)))  # (B, T, H)
+
+    def attend(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """Multi-head attention before its output projection, (B, T, H) -> (B, T, H)."""
+        batch, tokens, width = hidden.shape
+        split = (batch, tokens, self.heads, width // self.heads)
+        query = self.query(hidden).view(split).transpose(1, 2)  # (B, N, T, H / N)
+        key = self.key(hidden).view(split).transpose(1, 2)  # (B, N, T, H / N)
+        value = self.value(hidden).view(split).transpose(1, 2)  # (B, N, T, H / N)
+        dropout = self.attention_dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout)  # (B, N, T, H / N)
+        return mixed.transpose(1, 2).reshape(batch, tokens, width)
+
+
+class Bert(nn.Module):
+    """BERT with a classifier over its pooler: Hugging Face's BertForSequenceClassification."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden = config.hidden_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, hidden)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, hidden)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, hidden)
+        self.embeddings_norm = nn.LayerNorm(hidden, config.layer_norm_eps)
+        self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+        self.pooler = nn.Linear(hidden, hidden)
+        self.classifier = nn.Linear(hidden, len(config.labels))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        head = config.classifier_dropout
+        self.head_dropout = nn.Dropout(config.hidden_dropout_prob if head is None else head)
+        self.fresh: tuple[str, ...] = ()  # parts that load_bert had to draw at random
+        self.apply(self._draw)
+
+    def _draw(self, module: nn.Module) -> None:
+        """BERT's initialisation, here normal where [2] truncates."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> BertOutput:
+        """input_ids (B, T); attention_mask (B, T), 0 at padding; token_type_ids (B, T), 0 or 1.
+
+        Raises ValueError where T exceeds max_position_embeddings.
+        """
+        tokens = input_ids.shape[1]
+        if tokens > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{tokens} tokens, but this BERT has {self.config.max_position_embeddings} positions"
+            )
+        positions = torch.arange(tokens, device=input_ids.device)  # (T,)
+        segments = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        hidden = self.word_embeddings(input_ids) + self.token_type_embeddings(segments)  # (B, T, H)
+        hidden = self.embeddings_norm(hidden + self.position_embeddings(positions))  # (B, T, H)
+        hidden = self.dropout(hidden)
+        mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()
+        hidden_states = [hidden]
+        for layer in self.layers:
+            hidden_states.append(layer(hidden_states[-1], mask))  # (B, T, H)
+        pooled = torch.tanh(self.pooler(hidden_states[-1][:, 0]))  # (B, H)
+        return BertOutput(self.classifier(self.head_dropout(pooled)), tuple(hidden_states))
+
+    def parameter_count(self) -> int:
+        """Numbers that training can move."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+# --- checkpoints and pruning ---------------------------------------------------------------------
+
+# Module of ours -> of Hugging Face. Loading, saving and pruning go through this one table.
+_OUTSIDE_NAMES = {
+    "word_embeddings": "bert.embeddings.word_embeddings",
+    "position_embeddings": "bert.embeddings.position_embeddings",
+    "token_type_embeddings": "bert.embeddings.token_type_embeddings",
+    "embeddings_norm": "bert.embeddings.LayerNorm",
+    "pooler": "bert.pooler.dense",
+    "classifier": "classifier",
+}
+_LAYER_NAMES = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "attention_output": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "intermediate": "intermediate.dense",
+    "output": "output.dense",
+    "output_norm": "output.LayerNorm",
+}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+
+
+def _tensor_names(keep: Sequence[int]) -> dict[str, str]:
+    """Tensor of ours -> of Hugging Face, where our layer m is their layer keep[m] (from 0)."""
+    modules = dict(_OUTSIDE_NAMES)
+    for mine, theirs in enumerate(keep):
+        for ours, name in _LAYER_NAMES.items():
+            modules[f"layers.{mine}.{ours}"] = f"bert.encoder.layer.{theirs}.{name}"
+    kinds = {o: ("weight",) if o.endswith("_embeddings") else ("weight", "bias") for o in modules}
+    return {f"{o}.{kind}": f"{modules[o]}.{kind}" for o in modules for kind in kinds[o]}
+
+
+def layer_map(teacher_layers: int, student_layers: int) -> tuple[int, ...]:
+    """t(m) = ceil(m L / M), m = 1..M: evenly spaced teacher layers, the last always kept.
+
+    OURS(1). Raises ValueError unless 1 <= M <= L.
+    """
+    if not 1 <= student_layers <= teacher_layers:
+        raise ValueError(f"{student_layers} student layers of a teacher with {teacher_layers}")
+    return tuple(
+        math.ceil(m * teacher_layers / student_layers) for m in range(1, student_layers + 1)
+    )
+
+
+def prune(teacher: Bert, keep: Sequence[int]) -> Bert:
+    """A new BERT of the teacher's embeddings, its layers `keep` (from 1), pooler and classifier.
+
+    Raises ValueError unless keep rises from at least 1 to at most the teacher's last layer.
+    """
+    layers = teacher.config.num_hidden_layers
+    if not keep or list(keep) != sorted(set(keep)) or keep[0] < 1 or keep[-1] > layers:
+        raise ValueError(f"layers {list(keep)}, expected rising numbers from 1 to {layers}")
+    student = Bert(replace(teacher.config, num_hidden_layers=len(keep)))
+    source = teacher.state_dict()
+    theirs = {name: ours for ours, name in _tensor_names(range(layers)).items()}
+    kept = _tensor_names([layer - 1 for layer in keep])
+    student.load_state_dict({ours: source[theirs[name]] for ours, name in kept.items()})
+    return student
+
+
+def load_bert(path: str | Path, labels: Sequence[str] | None = None) -> Bert:
+    """A BERT from a folder in Hugging Face's layout, in eval mode and fp32.
+
+    path: folder with config.json and model.safetensors or pytorch_model.bin; names with or
+    without `bert.`, `LayerNorm.gamma`/`beta` and half-precision weights are understood, the
+    pre-training heads (`cls.*`) and `position_ids` ignored. labels: put a new classifier for these
+    on top. A part that is missing (pooler, classifier) is drawn at random and named in `.fresh`,
+    with a warning if it was not asked for.
+
+    Raises FileNotFoundError for a missing file, ValueError naming every tensor that is missing,
+    unexpected or of the wrong shape or type.
+    """
+    folder = Path(path)
+    config = BertConfig.load(folder / "config.json")
+    source, stored = _read_checkpoint(folder)
+    if labels is not None:
+        config = replace(config, labels=tuple(labels))
+        stored = {name: t for name, t in stored.items() if not name.startswith("classifier.")}
+    with torch.device("meta"):  # shapes only: nothing is taken until the file is known to fit
+        shapes = {name: t.shape for name, t in Bert(config).state_dict().items()}
+    names = _tensor_names(range(config.num_hidden_layers))
+    heads = {"pooler": "bert.pooler.dense.", "classifier": "classifier."}
+    fresh = [part for part, name in heads.items() if not any(k.startswith(name) for k in stored)]
+    wanted = {ours: name for ours, name in names.items() if ours.split(".")[0] not in fresh}
+    _refuse_misfits(source, {name: shapes[ours] for ours, name in wanted.items()}, stored)
+    model = Bert(config)
+    state = {ours: stored[name].float() for ours, name in wanted.items()}
+    model.load_state_dict(state, strict=False)
+    model.fresh = tuple(fresh)
+    if set(fresh) - ({"classifier"} if labels is not None else set()):
+        warnings.warn(f"{source}: no {' and '.join(fresh)} in it, drawn at random", stacklevel=2)
+    return model.eval()
+
+
+def _read_checkpoint(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The weights file of a folder and its tensors under Hugging Face's present names."""
+    if (folder / "model.safetensors").is_file():
+        path = folder / "model.safetensors"
+        tensors = read_safetensors(path)
+    elif (folder / "pytorch_model.bin").is_file():
+        path = folder / "pytorch_model.bin"
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a broken or unsafe file makes torch raise
+            raise ValueError(f"{path}: not a file of plain tensors: {error}".split("\n")[0]) from None
+    else:
+        raise FileNotFoundError(f"{folder}: neither model.safetensors nor pytorch_model.bin in it")
+    stored: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        new = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+        new = new.replace("LayerNorm.beta", "LayerNorm.bias")
+        new = f"bert.{new}" if new.startswith(("embeddings.", "encoder.", "pooler.")) else new
+        if new.startswith("cls.") or new.endswith(".position_ids"):
+            continue
+        if new in stored:
+            raise ValueError(f"{path}: tensor '{new}' twice, under an old and a new name")
+        stored[new] = tensor
+    return path, stored
+
+
+def _refuse_misfits(path: Path, wanted: dict[str, torch.Size], stored: dict[str, Tensor]) -> None:
+    lacks = [name for name in wanted if name not in stored]
+    extra = [name for name in stored if name not in wanted]
+    problems = [
+        f"{verb} {len(names)} of {len(wanted)} BERT tensors: " + ", ".join(map(repr, names[:8]))
+        for verb, names in (("lacks", lacks), ("has beyond", extra))
+        if names
+    ]
+    for name in wanted:
+        if name in stored and stored[name].shape != wanted[name]:
+            got, expected = tuple(stored[name].shape), tuple(wanted[name])
+            problems.append(f"{name!r} has shape {got}, config.json says {expected}")
+        elif name in stored and not stored[name].is_floating_point():
+            problems.append(f"{name!r} holds {stored[name].dtype}, expected floating point")
+    if problems:
+        raise ValueError(f"{path}: {'; '.join(problems[:8])}")
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file: 8 bytes of header size, a JSON header, the numbers.
+
+    https://huggingface.co/docs/safetensors: nothing in the file is trusted. Raises ValueError for
+    anything that is not a header of known dtypes whose ranges tile the rest of the file exactly.
+    """
+    path = Path(path)
+    total = path.stat().st_size
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if total < 8 or size > min(total - 8, 100_000_000):
+            raise ValueError(f"{path}: header of {size} bytes in a file of {total}; cut short?")
+        try:
+            header = json.loads(file.read(size), object_pairs_hook=_unique)
+            if not isinstance(header, dict):
+                raise ValueError(f"header is a JSON {type(header).__name__}, expected an object")
+            header.pop("__metadata__", None)
+            spans = sorted((*_span(name, entry), name) for name, entry in header.items())
+            edges = [0, *(stop for _, stop, _ in spans)]
+            if [start for start, _, _ in spans] != edges[:-1] or edges[-1] != total - 8 - size:
+                raise ValueError(f"the tensors' ranges do not tile the {total - 8 - size} bytes of data")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: not a sound safetensors file: {error}") from None
+        tensors = {}
+        for start, stop, name in spans:
+            raw = torch.frombuffer(bytearray(file.read(stop - start) or b"\0"), dtype=torch.uint8)
+            tensor = raw[: stop - start].view(_DTYPES[header[name]["dtype"]])
+            tensors[name] = tensor.view(header[name]["shape"])
+    return tensors
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """json's object hook that refuses a key given twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"name {next(n for n in names if names.count(n) > 1)!r} twice")
+    return found
+
+
+def _span(name: str, entry: Any) -> tuple[int, int]:
+    """First and last byte of a tensor in the data, once its header entry is found sound."""
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        whole = all(type(number) is int and number >= 0 for number in [*shape, start, stop])
+        if whole and stop - start == math.prod(shape) * _DTYPES[dtype].itemsize:
+            return start, stop
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise ValueError(f"tensor {name!r} is given as {str(entry)[:120]}")
+
+
+def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
+    """Writes fp32 tensors as read_safetensors reads them, the header padded to 8 bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    blocks, end = [], 0
+    for name, tensor in tensors.items():
+        block = tensor.detach().float().cpu().contiguous().numpy().tobytes()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [end, end + len(block)]}
+        end += len(block)
+        blocks.append(block)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    write_file(path, struct.pack("<Q", len(text)) + text + b"".join(blocks))
+
+
+def save_bert(model: Bert, folder: str | Path, tokenizer_from: str | Path | None = None) -> None:
+    """Writes config.json and model.safetensors in Hugging Face's layout, and the tokenizer's files.
+
+    tokenizer_from: folder whose tokenizer files are copied.
+    """
+    folder = Path(folder)
+    names = _tensor_names(range(model.config.num_hidden_layers))
+    state = model.state_dict()
+    write_safetensors(folder / "model.safetensors", {name: state[o] for o, name in names.items()})
+    write_file(folder / "config.json", model.config.to_json().encode())
+    for name in _TOKENIZER_FILES if tokenizer_from else ():
+        if (source := Path(tokenizer_from or "") / name).is_file():
+            write_file(folder / name, source.read_bytes())
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+
+
+def write_file(path: str | Path, content: bytes) -> None:
+    """Writes a file whole or not at all: a temporary one beside it, flushed, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+# --- sentence features, mixture of experts, feature alignment ------------------------------------
+
+
+def sentence_features(hidden_states: Sequence[Tensor], attention_mask: Tensor) -> Tensor:
+    """[CLS], max and mean of each layer's tokens [1], each standardised over H, OURS(2).
+
+    hidden_states: K of (B, T, H); attention_mask (B, T), at least one 1 to a row -> (B, K, E, H)
+    """
+    seen = attention_mask.bool().unsqueeze(-1)  # (B, T, 1)
+    share = attention_mask.float() / attention_mask.sum(1, keepdim=True)  # (B, T)
+    features = []
+    for hidden in hidden_states:
+        hidden = hidden.float()
+        largest = hidden.masked_fill(~seen, -torch.inf).amax(1)  # (B, H)
+        mean = torch.bmm(share.unsqueeze(1), hidden.masked_fill(~seen, 0)).squeeze(1)  # (B, H)
+        features.append(torch.stack([hidden[:, 0], largest, mean], dim=1))  # (B, E, H)
+    stacked = torch.stack(features, dim=1)  # (B, K, E, H)
+    return F.layer_norm(stacked, stacked.shape[-1:])
+
+
+class FeatureMapping(nn.Module):
+    """Student features in the teacher's width: the identity, or one linear map per matched layer."""
+
+    def __init__(self, matched: int, student_size: int, teacher_size: int) -> None:
+        super().__init__()
+        same = student_size == teacher_size
+        self.maps = nn.ModuleList(
+            nn.Identity() if same else nn.Linear(student_size, teacher_size) for _ in range(matched)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, K, E, H of the student) -> (B, K, E, H of the teacher)"""
+        return torch.stack([m(f) for m, f in zip(self.maps, features.unbind(1))], dim=1)
+
+
+class SentenceExperts(nn.Module):
+    """Per matched layer: three experts, one per view of the sentence, and the gate that mixes them.
+
+    Routing 'task' learns one gate per layer for the whole task, as [1] says; 'sentence' computes
+    it from the features. Fitted by `fit_experts` on the teacher, then frozen: OURS(3).
+    """
+
+    def __init__(
+        self, matched: int, hidden_size: int, expert_size: int, labels: int, routing: str = "task"
+    ) -> None:
+        super().__init__()
+        if routing not in ("task", "sentence"):
+            raise ValueError(f"routing '{routing}', expected 'task' or 'sentence'")
+        spread = hidden_size**-0.5
+        self.experts = nn.Parameter(torch.randn(matched, 3, hidden_size, expert_size) * spread)
+        self.heads = nn.Parameter(torch.randn(matched, expert_size, labels) * expert_size**-0.5)
+        self.biases = nn.Parameter(torch.zeros(matched, labels))
+        self.gate_bias = nn.Parameter(torch.zeros(matched, 3))
+        per_sentence = routing == "sentence"
+        size = (matched, 3, hidden_size, 3)
+        self.router = nn.Parameter(torch.zeros(size)) if per_sentence else None
+
+    def gate(self, features: Tensor) -> Tensor:
+        """features (B, K, E, H) -> weights of the experts (B, K, E), at least 0, sum 1."""
+        scores = self.gate_bias.expand(len(features), -1, -1)  # (B, K, E)
+        if self.router is not None:
+            scores = scores + torch.einsum("bkeh,kehg->bkg", features, self.router)
+        return scores.softmax(-1)
+
+    def forward(self, features: Tensor, gate: Tensor) -> Tensor:
+        """z = sum_j g_j e_j(f_j): features (B, K, E, H), gate (B, K, E) -> (B, K, P)"""
+        views = torch.einsum("bkeh,kehp->bkep", features, self.experts)  # (B, K, E, P)
+        return torch.einsum("bkep,bke->bkp", views, gate)
+
+    def predict(self, fused: Tensor) -> Tensor:
+        """fused (B, K, P) -> each layer's guess at the task (B, K, C)"""
+        return torch.einsum("bkp,kpc->bkc", fused, self.heads) + self.biases
+
+
+def fit_experts(
+    experts: SentenceExperts,
+    features: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 2.0,
+    balance_weight: float = 0.01,
+    steps: int = 300,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> SentenceExperts:
+    """Teaches experts and gate to predict the task from the teacher's features, then freezes them.
+
+    features (n, K, E, H), logits (n, C), labels (n,) with NaN for unlabelled. OURS(3): trained on
+    the alignment loss itself they would collapse to a constant. OURS(4): CV^2 of the mean gate,
+    the importance loss of [4, section 4], keeps every expert in use.
+    """
+    device = experts.gate_bias.device
+    gate_parameters = [p for p in (experts.gate_bias, experts.router) if p is not None]
+    others = [experts.experts, experts.heads, experts.biases]
+    optimizer = torch.optim.Adam([{"params": others}, {"params": gate_parameters, "lr": 2e-2}], lr=1e-3)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        rows = torch.randint(len(features), (batch_size,), generator=generator)
+        batch, target = features[rows].to(device).float(), logits[rows].to(device)
+        gate = experts.gate(batch)  # (B, K, E)
+        guesses = experts.predict(experts(batch, gate))  # (B, K, C)
+        known = labels[rows].to(device)
+        task = sum(
+            hard_loss(guess, known) + soft_loss(guess, target, temperature)
+            for guess in guesses.unbind(1)
+        )
+        loss = task + balance_weight * importance_loss(gate)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return experts.eval().requires_grad_(False)
+
+
+def importance_loss(gate: Tensor) -> Tensor:
+    """Squared coefficient of variation of the experts' mean weights [4]: gate (B, K, E) -> ()"""
+    importance = gate.mean(0)  # (K, E)
+    return (importance.var(-1, correction=0) / importance.mean(-1).square()).mean()
+
+
+def alignment_loss(
+    student: Tensor, teacher: Tensor, experts: SentenceExperts | None = None
+) -> Tensor:
+    """Feature Alignment Loss, guided by the experts [1]; the formula is OURS(5).
+
+    mean over layers of sum_j g_j * mean_H (f_j^S - f_j^T)^2 + 1 - cos(z^S, z^T), the gate from the
+    teacher. Without experts every view weighs 1/3 and the fused term is dropped.
+    student, teacher: features (B, K, E, H), gradient into the student alone -> ()
+    """
+    teacher = teacher.detach()
+    distance = (student - teacher).square().mean(-1)  # (B, K, E)
+    if experts is None:
+        return distance.mean()
+    with torch.no_grad():
+        gate = experts.gate(teacher)  # (B, K, E)
+        target = experts(teacher, gate)  # (B, K, P)
+    direction = 1 - F.cosine_similarity(experts(student, gate), target, dim=-1)  # (B, K)
+    return ((gate * distance).sum(-1) + direction).mean()
+
+
+# --- discriminator -------------------------------------------------------------------------------
+
+
+def model_outputs(fused: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    """What the discriminator sees of a model, OURS(6): its fused sentence and its softened answer.
+
+    fused (B, P) of the last matched layer, logits (B, C) -> (B, P + C). A score stands for itself.
+    """
+    answer = (logits / temperature).softmax(-1) if logits.shape[-1] > 1 else logits  # (B, C)
+    return torch.cat([F.layer_norm(fused, fused.shape[-1:]), answer], dim=-1)
+
+
+class Discriminator(nn.Module):
+    """Tells teacher outputs (B, F) from student outputs: one score each, high for the teacher [5].
+
+    Spectral norm [6] bounds how hard it can push the student.
+    """
+
+    def __init__(self, size: int, width: int = 128) -> None:
+        super().__init__()
+        norm = nn.utils.parametrizations.spectral_norm
+        self.layers = nn.Sequential(
+            norm(nn.Linear(size, width)), nn.LeakyReLU(0.2), norm(nn.Linear(width, 1))
+        )
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        """(B, F) -> (B,)"""
+        return self.layers(outputs).squeeze(-1)
+
+
+def discriminator_loss(discriminator: nn.Module, teacher: Tensor, student: Tensor) -> Tensor:
+    """Teacher outputs (B, F) are real, with label 0.9 for 1; student outputs (B, F) fake -> ()"""
+    real = discriminator(teacher.detach())  # (B,)
+    fake = discriminator(student.detach())  # (B,)  this step must not move the student
+    bce = F.binary_cross_entropy_with_logits
+    return bce(real, torch.full_like(real, 0.9)) + bce(fake, torch.zeros_like(fake))
+
+
+def adversarial_loss(discriminator: nn.Module, student: Tensor) -> Tensor:
+    """softplus(-D(student)), the non-saturating form of [5]; no gradient into the discriminator."""
+    frozen = {name: p.detach() for name, p in discriminator.named_parameters()}
+    return F.softplus(-torch.func.functional_call(discriminator, frozen, (student,))).mean()
+
+
+# --- losses on predictions -----------------------------------------------------------------------
+
+
+def soft_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(teacher || student) of softened predictions, times temperature squared [3].
+
+    student, teacher: logits (B, C) -> (). A softmax over one logit is constant, so scores (C = 1)
+    take the mean squared error, OURS(7).
+    """
+    if student.shape[-1] == 1:
+        return F.mse_loss(student, teacher)
+    target = F.log_softmax(teacher / temperature, dim=-1)  # (B, C)
+    guess = F.log_softmax(student / temperature, dim=-1)  # (B, C)
+    return F.kl_div(guess, target, reduction="batchmean", log_target=True) * temperature**2
+
+
+def hard_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy, or squared error where C = 1; logits (B, C), labels (B,), NaN adds 0 -> ()"""
+    known, target = ~labels.isnan(), labels.nan_to_num()  # (B,)
+    if logits.shape[-1] == 1:
+        each = (logits[:, 0] - target).square()  # (B,)
+    else:
+        each = F.cross_entropy(logits, target.long(), reduction="none")  # (B,)
+    return (each * known).mean()
+
+
+# --- the student's objective ---------------------------------------------------------------------
+
+
+class TeacherCache(NamedTuple):
+    """All that is kept of the teacher, for each of n training and transfer texts."""
+
+    features: Tensor  # (n, K, E, H) fp16, standardised, memory-mapped
+    logits: Tensor  # (n, C)
+    labels: Tensor  # (n,) class ids or scores as floats, NaN for a transfer text
+
+
+class Distillation:
+    """loss = a soft + (1 - a) hard + b FAL + c adversarial: the weighted terms of one step.
+
+    Holds the frozen experts and the discriminator, which it trains on every batch it is given.
+    """
+
+    def __init__(
+        self, cache: TeacherCache, experts: SentenceExperts | None, config: DistillConfig
+    ) -> None:
+        self.cache, self.experts, self.config = cache, experts, config
+        self.discriminator: Discriminator | None = None  # made at the first batch, on its device
+        self.soft_weight = config.soft_weight if config.soft else 0.0
+
+    def __call__(
+        self, output: BertOutput, attention_mask: Tensor, rows: Tensor, progress: float
+    ) -> dict[str, Tensor]:
+        """output of the student for these rows of the cache; progress 0..1 through the training."""
+        config, device = self.config, output.logits.device
+        logits, labels = output.logits.float(), self.cache.labels[rows].to(device)
+        target = self.cache.logits[rows].to(device)  # (B, C)
+        terms = {"hard": (1 - self.soft_weight) * hard_loss(logits, labels)}
+        if config.soft:
+            terms["soft"] = self.soft_weight * soft_loss(logits, target, config.temperature)
+        if not (config.fal or config.gan):
+            return terms
+        student = sentence_features(output.hidden_states[1:], attention_mask)  # (B, K, E, H)
+        teacher = self.cache.features[rows].to(device, non_blocking=True).float()  # (B, K, E, H)
+        if config.fal:
+            terms["align"] = config.alignment_weight * alignment_loss(student, teacher, self.experts)
+        if config.gan:
+            real = model_outputs(self.fuse(teacher, teacher), target, config.temperature)
+            fake = model_outputs(self.fuse(student, teacher), logits, config.temperature)
+            terms["adv"] = self.contest(real, fake, progress)
+        return terms
+
+    def fuse(self, features: Tensor, teacher: Tensor) -> Tensor:
+        """The last matched layer's z (B, P), the gate from the teacher; without experts (B, H)."""
+        if self.experts is None:
+            return features[:, -1].mean(1)  # (B, H)
+        return self.experts(features, self.experts.gate(teacher))[:, -1]  # (B, P)
+
+    def contest(self, real: Tensor, fake: Tensor, progress: float) -> Tensor:
+        """One step of the discriminator, then what it makes of the student: weighted, ()."""
+        if self.discriminator is None:
+            self.discriminator = Discriminator(real.shape[1]).to(real.device)
+            self.optimizer = torch.optim.Adam(
+                self.discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999)
+            )
+        self.optimizer.zero_grad()
+        discriminator_loss(self.discriminator, real, fake).backward()
+        self.optimizer.step()
+        ramp = min(max((progress - 0.1) / 0.4, 0.0), 1.0)  # OURS(8): 0 for a tenth, full at half
+        weight = self.config.adversarial_weight * ramp
+        return weight * adversarial_loss(self.discriminator, fake)
+
+
+# --- training and running a model ----------------------------------------------------------------
+
+Objective = Callable[[BertOutput, Tensor, Tensor, float], dict[str, Tensor]]
+
+
+def train(
+    model: Bert,
+    encoded: "data.Encoded",
+    objective: Objective,
+    config: DistillConfig,
+    log: "Log",
+    *,
+    epochs: int,
+    lr: float,
+) -> None:
+    """The one training loop; the objective decides whether it fine-tunes or distils.
+
+    objective: (output, attention_mask (B, T), rows (B,), progress) -> named, weighted loss terms.
+    """
+    import data
+
+    device, optimizer = resolve_device(config.device), adamw(model, lr, config.weight_decay)
+    lengths, size = encoded.lengths, config.batch_size
+    steps = epochs * math.ceil(len(encoded) / size)
+    step, started = 0, time.perf_counter()
+    torch.manual_seed(config.seed)
+    model.to(device).train()
+    for epoch in range(epochs):
+        for rows in data.bucketed_batches(lengths, size, seed=config.seed, epoch=epoch):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * schedule(step / steps, config.warmup)
+            batch = {k: v.to(device, non_blocking=True) for k, v in data.collate(encoded, rows).items()}
+            with autocast(config):
+                output = model(**batch)
+            terms = objective(output, batch["attention_mask"], torch.from_numpy(rows), step / steps)
+            loss = torch.stack(list(terms.values())).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            optimizer.step()
+            step += 1
+            if step % config.log_every == 0 or step == steps:
+                log.step(step, steps, terms, optimizer.param_groups[0]["lr"], size, started)
+    model.eval()
+
+
+def schedule(progress: float, warmup: float) -> float:
+    """Share of the peak learning rate: linear up over `warmup`, then linear down to 0."""
+    return progress / warmup if progress < warmup else (1 - progress) / (1 - warmup)
+
+
+def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with decay on matrices only, fused where this torch and device have it."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    try:
+        return torch.optim.AdamW(groups, lr=lr, fused=True)
+    except (RuntimeError, TypeError):
+        return torch.optim.AdamW(groups, lr=lr)
+
+
+def resolve_device(name: str) -> torch.device:
+    """'auto' is CUDA, else MPS, else the CPU. Raises ValueError for one that is not there."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(device for device, there in here.items() if there))
+    if not here.get(name.split(":")[0], False):
+        raise ValueError(f"device '{name}' is not there, expected auto, cpu, cuda or mps")
+    return torch.device(name)
+
+
+def autocast(config: DistillConfig) -> torch.autocast:
+    """The precision of a forward pass."""
+    device = resolve_device(config.device).type
+    return torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16")
+
+
+@torch.no_grad()
+def run_batches(model: Bert, encoded: "data.Encoded", config: DistillConfig):
+    """Yields (rows, attention_mask, output) over batches sorted by length, the model in eval mode."""
+    import data
+
+    device = resolve_device(config.device)
+    model.to(device).eval()
+    for rows in data.sorted_batches(encoded.lengths):
+        batch = {k: v.to(device) for k, v in data.collate(encoded, rows).items()}
+        with autocast(config):
+            output = model(**batch)
+        yield torch.from_numpy(rows), batch["attention_mask"], output
+
+
+def predict_logits(model: Bert, encoded: "data.Encoded", config: DistillConfig) -> Tensor:
+    """Logits of every text in the order given, (n, C) fp32 on the CPU."""
+    logits = torch.empty(len(encoded), len(model.config.labels))
+    for rows, _, output in run_batches(model, encoded, config):
+        logits[rows] = output.logits.float().cpu()
+    return logits
+
+
+def teacher_pass(
+    teacher: Bert,
+    encoded: "data.Encoded",
+    labels: Tensor,
+    keep: Sequence[int],
+    config: DistillConfig,
+    path: Path,
+) -> TeacherCache:
+    """Runs the teacher once over all texts and keeps its logits and the features of layers `keep`.
+
+    path: the file that backs the features, 2 bytes * n * K * E * H of it.
+    """
+    shape = (len(encoded), len(keep), 3, teacher.config.hidden_size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    features = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.float16)
+    features = features.view(shape)
+    logits = torch.empty(len(encoded), len(teacher.config.labels))
+    for rows, mask, output in run_batches(teacher, encoded, config):
+        matched = [output.hidden_states[layer] for layer in keep]
+        features[rows] = sentence_features(matched, mask).half().cpu()
+        logits[rows] = output.logits.float().cpu()
+    return TeacherCache(features, logits, labels)
+
+
+class Log:
+    """log.jsonl, one object a line, and the same for people on stdout."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.phase = path, ""
+        self.seconds: dict[str, float] = {}
+        write_file(path, b"")
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Names the phase of what is logged inside, and takes its time."""
+        self.phase, started = phase, time.perf_counter()
+        yield
+        self.seconds[phase] = time.perf_counter() - started
+
+    def write(self, **event: Any) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"phase": self.phase} | event) + "\n")
+
+    def step(
+        self, step: int, steps: int, terms: dict[str, Tensor], lr: float, size: int, started: float
+    ) -> None:
+        """One line whose weighted terms add up to the loss."""
+        numbers = {name: term.item() for name, term in terms.items()}
+        loss, seconds = sum(numbers.values()), time.perf_counter() - started
+        rate, eta = step * size / seconds, round(seconds / step * (steps - step))
+        self.write(step=step, steps=steps, loss=loss, **numbers, lr=lr, examples_per_second=rate)
+        parts = " + ".join(f"{name} {number:.4f}" for name, number in numbers.items())
+        print(
+            f"{self.phase} {step:5d}/{steps} | loss {loss:.4f} = {parts} | lr {lr:.2e} | "
+            f"{rate:.0f} ex/s | eta {eta // 60}:{eta % 60:02d}",
+            flush=True,
+        )
+
+
+# --- running a task ------------------------------------------------------------------------------
+
+
+def settle(config: DistillConfig) -> DistillConfig:
+    """The config without its zeros that mean 'automatic', or ValueError for what cannot be."""
+    lr, teacher_lr = (1e-3, 1e-3) if config.task == "toy" else (1e-4, 5e-5)
+    config = replace(config, lr=config.lr or lr, teacher_lr=config.teacher_lr or teacher_lr)
+    for name, good, expected in (
+        ("precision", config.precision in ("fp32", "bf16"), "fp32 or bf16"),
+        ("routing", config.routing in ("task", "sentence"), "task or sentence"),
+        ("temperature", config.temperature > 0, "more than 0"),
+        ("soft_weight", 0 <= config.soft_weight <= 1, "0 to 1"),
+        ("warmup", 0 <= config.warmup < 1, "0 to below 1"),
+        ("batch_size", config.batch_size > 0, "at least 1"),
+        ("log_every", config.log_every > 0, "at least 1"),
+        ("max_length", config.max_length > 2, "at least 3"),
+        *((name, getattr(config, name) >= 0, "0 or more") for name in
+          ("layers", "transfer", "epochs", "teacher_epochs", "lr", "teacher_lr", "limit", "seed")),
+    ):  # fmt: skip
+        if not good:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} is {getattr(config, name)!r}, expected {expected}")
+    resolve_device(config.device)
+    return config
+
+
+def auto_epochs(examples: int, budget: int) -> int:
+    """As many passes as show about `budget` examples, 3 to 10: OURS(9)."""
+    return min(max(round(budget / examples), 3), 10)
+
+
+def find_task(name: str) -> "glue.Task":
+    """A GLUE task, or the built-in one."""
+    import glue
+
+    if name == "toy":
+        return glue.Task("toy", ("sentence",), labels=("negative", "positive"))
+    return glue.find_task(name)
+
+
+def load_split(config: DistillConfig, task: "glue.Task", split: str) -> "glue.Examples":
+    """A split's texts and labels; the training split is cut to --limit."""
+    import data
+    import glue
+
+    if task.name == "toy":
+        texts, labels = data.toy_examples(split)
+        found = glue.Examples(texts, None if split == "test" else labels)
+    else:
+        found = glue.read(task, config.data_dir, split)
+    if split == "train" and config.limit:
+        return glue.Examples(found.texts[: config.limit], found.labels[: config.limit])
+    return found
+
+
+def checkpoint_folder(path: str, part: str) -> Path:
+    """The checkpoint at a path that is one, or holds one as `part` (a run's --out folder)."""
+    folder = Path(path)
+    inner = folder / part
+    return inner if not (folder / "config.json").is_file() and inner.is_dir() else folder
+
+
+def match_labels(model: Bert, task: "glue.Task", where: Path) -> Bert:
+    """The model with its classes in the task's order, matched by name.
+
+    Names that say nothing (LABEL_0) are taken to stand in the task's order. Raises ValueError with
+    both lists where the names differ, and for a model whose classifier was never trained.
+    """
+    names, wanted = model.config.labels, task.labels or ("score",)
+    if model.fresh:
+        raise ValueError(f"{where}: no trained {' and '.join(model.fresh)}; fine-tune it: --bert {where}")
+    silent = names == tuple(f"LABEL_{i}" for i in range(len(names)))
+    if len(names) == len(wanted) and (silent or task.regression):
+        if silent and not task.regression:
+            print(f"note: {where} names no labels, taken to be {', '.join(wanted)} in that order")
+        model.config = replace(model.config, labels=wanted)
+        return model
+    plain = [name.lower().replace("-", "_").replace(" ", "_") for name in names]
+    for spelling in (wanted, task.spelling):
+        if sorted(plain) == sorted(spelling):
+            order = torch.tensor([plain.index(name) for name in spelling])
+            with torch.no_grad():
+                model.classifier.weight.copy_(model.classifier.weight[order].clone())
+                model.classifier.bias.copy_(model.classifier.bias[order].clone())
+            model.config = replace(model.config, labels=wanted)
+            return model
+    raise ValueError(
+        f"{where}: its labels are {', '.join(names)}, those of {task.name} {', '.join(wanted)}"
+    )
+
+
+def load_fitting_tokenizer(folder: Path, model: Bert, config: DistillConfig) -> "Tokenizer":
+    """The folder's tokenizer, refused with ValueError where it does not fit the model."""
+    import data
+
+    tokenizer = data.load_tokenizer(folder, config.max_length)
+    size, rows = tokenizer.get_vocab_size(), model.config.vocab_size
+    if size > rows:
+        raise ValueError(f"{folder}: tokenizer of {size} tokens for {rows} embeddings; not its own?")
+    if config.max_length > model.config.max_position_embeddings:
+        raise ValueError(
+            f"--max-length is {config.max_length}, but this BERT has "
+            f"{model.config.max_position_embeddings} positions"
+        )
+    return tokenizer
+
+
+def starting_bert(config: DistillConfig, task: "glue.Task", out: Path) -> tuple[Bert, Path]:
+    """The teacher, or the BERT that becomes it under a fresh classifier; its tokenizer's folder."""
+    torch.manual_seed(config.seed)
+    if config.teacher:
+        folder = checkpoint_folder(config.teacher, "teacher")
+        return match_labels(load_bert(folder), task, folder), folder
+    if config.bert:
+        folder = checkpoint_folder(config.bert, "teacher")
+        model = load_bert(folder, labels=task.labels or ("score",))
+        print(f"{folder}: {', '.join(model.fresh)} drawn at random, to be fine-tuned")
+        return model, folder
+    if task.name != "toy":
+        raise ValueError(
+            f"task {task.name} needs --bert FOLDER, a pre-trained BERT to fine-tune, or --teacher"
+        )
+    return toy_bert(task, out), out
+
+
+def toy_bert(task: "glue.Task", folder: Path) -> Bert:
+    """The built-in task's BERT, untrained, its tokenizer written to the folder."""
+    import data
+
+    words = data.toy_vocabulary()
+    write_file(folder / "vocab.txt", "".join(f"{word}\n" for word in words).encode())
+    options = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 128}
+    write_file(folder / "tokenizer_config.json", json.dumps(options).encode())
+    return Bert(
+        BertConfig(
+            vocab_size=len(words), hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
+            intermediate_size=256, max_position_embeddings=128, labels=task.labels,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.05,
+        )
+    )  # fmt: skip
+
+
+def score_model(
+    model: Bert, tokenizer: "Tokenizer", task: "glue.Task", config: DistillConfig, log: Log | None
+) -> dict[str, Any]:
+    """Layers, parameters and dev metrics; MNLI's mismatched ones under their split's name."""
+    import data
+    import glue
+
+    result: dict[str, Any] = {
+        "layers": model.config.num_hidden_layers,
+        "parameters": model.parameter_count(),
+    }
+    for split in [name for name in task.splits if name.startswith("dev")]:
+        texts, labels = load_split(config, task, split)
+        logits = predict_logits(model, data.encode(tokenizer, texts), config)
+        metrics = glue.score(task, labels, answers(logits))
+        result |= metrics if "score" not in result else {split: metrics}
+        line = " ".join(f"{name} {value:.2f}" for name, value in metrics.items())
+        print(f"{log.phase if log else 'evaluate'} | {task.name} {split} n={len(texts)} | {line}")
+        if log:
+            log.write(split=split, n=len(texts), **metrics)
+    return result
+
+
+def answers(logits: Tensor) -> "numpy.ndarray":
+    """Class ids, or scores where C = 1: (n, C) -> (n,)"""
+    return (logits[:, 0] if logits.shape[1] == 1 else logits.argmax(1)).numpy()
+
+
+def refuse_majority(task: "glue.Task", dev: "glue.Examples", reached: float, force: bool) -> None:
+    """Stops a run whose teacher knows no more than the most frequent label (or a constant)."""
+    import glue
+    import numpy as np
+
+    labels = dev.labels
+    constant = labels.mean() if task.regression else np.bincount(labels).argmax()
+    majority = glue.score(task, labels, np.full(len(labels), constant))["score"]
+    if reached <= majority and not force:
+        raise ValueError(
+            f"the teacher scores {reached:.2f} on {task.name} dev, the most frequent label alone "
+            f"{majority:.2f}: nothing to distil. Fine-tune it longer, or insist with --force"
+        )
+
+
+def gather_transfer(config: DistillConfig, task: "glue.Task", train_texts: list) -> list:
+    """Unlabelled texts for the student's epochs: the task's own perturbed, and other tasks' text.
+
+    OURS(10). Nothing that occurs in the task's dev or test split.
+    """
+    import data
+    import glue
+
+    if not config.transfer:
+        return []
+    others, held_out = [], []
+    for name in task.splits:
+        if name != "train":
+            try:
+                texts = load_split(config, task, name).texts
+            except FileNotFoundError:
+                continue  # test files are optional
+            held_out += [s for text in texts for s in ([text] if isinstance(text, str) else text)]
+    for other in glue.TASKS.values() if task.name != "toy" else ():
+        path = Path(config.data_dir) / other.name / "train.tsv"
+        if other.name != task.name and path.is_file():
+            others += glue.read(other, config.data_dir, "train").texts
+    count = round(config.transfer * len(train_texts))
+    texts, left_out = data.transfer_texts(train_texts, others, held_out, count, config.seed)
+    print(f"transfer text: {len(texts)} unlabelled, {left_out} left out for occurring in dev or test")
+    return texts
+
+
+def refuse_finished(out: Path, overwrite: bool) -> None:
+    """Raises ValueError where --out holds a finished run that --overwrite does not give up."""
+    if (out / "results.json").exists() and not overwrite:
+        raise ValueError(f"{out} holds a finished run (results.json); --overwrite replaces it")
+    (out / "results.json").unlink(missing_ok=True)
+
+
+def keep_layers(config: DistillConfig, teacher_layers: int) -> tuple[int, ...]:
+    """The teacher's layers that the student keeps, from 1."""
+    if not config.keep_layers:
+        return layer_map(teacher_layers, config.layers or max(1, teacher_layers // 2))
+    try:
+        keep = tuple(int(number) for number in config.keep_layers.split(","))
+    except ValueError:
+        raise ValueError(f"--keep-layers is '{config.keep_layers}', expected e.g. 1,3,5") from None
+    if list(keep) != sorted(set(keep)) or keep[0] < 1 or keep[-1] > teacher_layers:
+        raise ValueError(f"--keep-layers is {keep}, expected rising numbers, 1 to {teacher_layers}")
+    return keep
+
+
+def make_teacher(
+    config: DistillConfig, task: "glue.Task", out: Path, log: Log, student: bool = True
+) -> tuple[Bert, "Tokenizer", "data.Encoded", Tensor, dict[str, Any]]:
+    """The teacher, saved in out/teacher and scored, with its tokenizer and the training set.
+
+    student: check --layers and --keep-layers against it first, before anything is trained.
+    """
+    import data
+
+    train_set = load_split(config, task, "train")
+    load_split(config, task, "dev")  # a fault in it should not wait until the teacher is trained
+    teacher, folder = starting_bert(config, task, out / "teacher")
+    if student:
+        keep_layers(config, teacher.config.num_hidden_layers)
+    tokenizer = load_fitting_tokenizer(folder, teacher, config)
+    encoded, labels = data.encode(tokenizer, train_set.texts), torch.tensor(train_set.labels).float()
+    for row in range(min(2, len(encoded))):
+        ids = encoded.ids[encoded.offsets[row] : encoded.offsets[row + 1]]
+        tokens = " ".join(tokenizer.id_to_token(int(i)) for i in ids)
+        print(f"example {row + 1}: {tokens} -> {task.labels[int(labels[row])] if task.labels else float(labels[row])}")
+    if not config.teacher:
+        def objective(output, mask, rows, progress):
+            return {"hard": hard_loss(output.logits.float(), labels[rows].to(output.logits.device))}
+        epochs = config.teacher_epochs or auto_epochs(len(encoded), 32_000 if task.name == "toy" else 24_000)
+        train(teacher, encoded, objective, config, log, epochs=epochs, lr=config.teacher_lr)
+    save_bert(teacher, out / "teacher", tokenizer_from=folder)
+    return teacher, tokenizer, encoded, labels, score_model(teacher, tokenizer, task, config, log)
+
+
+def finetune(config: DistillConfig) -> None:
+    """Fine-tunes a BERT on a task and scores it: the teacher, without a student."""
+    out, task = Path(config.out or "out"), find_task(config.task)
+    refuse_finished(out, config.overwrite)
+    log = Log(out / "log.jsonl")
+    with log.timed("teacher"):
+        *_, scores = make_teacher(config, task, out, log, student=False)
+    write_results(out, config, task, log, {"teacher": scores})
+    print(f"saved {out / 'teacher'}; distil it: --task {task.name} --teacher {out / 'teacher'}")
+
+
+def distill(config: DistillConfig) -> None:
+    """The whole method: teacher, its one pass, experts, pruning, distillation, scores."""
+    import data
+
+    out, task = Path(config.out or "out"), find_task(config.task)
+    refuse_finished(out, config.overwrite)
+    log, results = Log(out / "log.jsonl"), {}
+    with log.timed("teacher"):
+        made = make_teacher(config, task, out, log)
+        teacher, tokenizer, encoded, labels, results["teacher"] = made
+        refuse_majority(task, load_split(config, task, "dev"), results["teacher"]["score"], config.force)
+    with log.timed("cache"):
+        keep = keep_layers(config, teacher.config.num_hidden_layers)
+        transfer = gather_transfer(config, task, load_split(config, task, "train").texts)
+        encoded = data.concatenate(encoded, data.encode(tokenizer, transfer))
+        labels = torch.cat([labels, torch.full((len(transfer),), torch.nan)])
+        cache = teacher_pass(teacher, encoded, labels, keep, config, out / "cache.f16")
+    with log.timed("experts"):
+        experts = make_experts(cache, config) if config.moe and (config.fal or config.gan) else None
+    with log.timed("pruned"):
+        student = prune(teacher.cpu(), keep)
+        results["pruned"] = score_model(student, tokenizer, task, config, log)
+    with log.timed("student"):
+        objective = Distillation(cache, experts, config)
+        epochs = config.epochs or auto_epochs(len(encoded), 100_000)
+        train(student, encoded, objective, config, log, epochs=epochs, lr=config.lr)
+        results["student"] = score_model(student, tokenizer, task, config, log)
+        save_bert(student, out / "student", tokenizer_from=out / "teacher")
+    (out / "cache.f16").unlink()
+    write_results(out, config, task, log, results)
+    print_table(results)
+    print(f"next: python microbert.py predict {out} --task {task.name} --data-dir {config.data_dir}")
+
+
+def make_experts(cache: TeacherCache, config: DistillConfig) -> SentenceExperts:
+    """Experts and gate fitted on the teacher's cache; prints what the gates came to."""
+    _, matched, _, hidden = cache.features.shape
+    torch.manual_seed(config.seed)
+    experts = SentenceExperts(
+        matched, hidden, config.expert_size, cache.logits.shape[1], config.routing
+    ).to(resolve_device(config.device))
+    fit_experts(
+        experts, *cache, temperature=config.temperature, balance_weight=config.balance_weight,
+        seed=config.seed,
+    )  # fmt: skip
+    gate = experts.gate(cache.features[:512].to(experts.gate_bias.device).float()).mean(0)
+    for layer, weights in enumerate(gate.tolist(), 1):
+        cls, largest, mean = weights
+        print(f"gate of student layer {layer}: cls {cls:.2f} max {largest:.2f} mean {mean:.2f}")
+    return experts
+
+
+def write_results(
+    out: Path, config: DistillConfig, task: "glue.Task", log: Log, results: dict[str, Any]
+) -> None:
+    """results.json: what was reached, how long it took and with what."""
+    import numpy
+    import tokenizers
+
+    versions = {"microbert": __version__, "python": platform.python_version()}
+    versions |= {m.__name__: str(m.__version__) for m in (torch, tokenizers, numpy)}
+    if "student" in results:
+        teacher, student = results["teacher"]["score"], results["student"]["score"]
+        results["retention"] = student / teacher if teacher else None
+    metric = " and ".join(task.metrics)
+    results = {
+        "task": task.name,
+        "metric": f"mean of {metric}" if len(task.metrics) > 1 else metric,
+        "seed": config.seed,
+        **results,
+        "seconds": {name: round(seconds, 2) for name, seconds in log.seconds.items()},
+        "config": asdict(config),
+        "versions": versions,
+    }
+    write_file(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+
+
+def print_table(results: dict[str, Any]) -> None:
+    """Teacher, pruned and student side by side."""
+    teacher = results["teacher"]["score"]
+    print(f"\n{'':10}{'layers':>8}{'parameters':>14}{'dev score':>11}{'of teacher':>12}")
+    for name in ("teacher", "pruned", "student"):
+        row = results[name]
+        share = f"{100 * row['score'] / teacher:.1f} %" if teacher else "-"
+        print(f"{name:10}{row['layers']:8}{row['parameters']:14,}{row['score']:11.2f}{share:>12}")
+    print()
+
+
+def load_trained(config: DistillConfig) -> tuple[Bert, "Tokenizer", "glue.Task"]:
+    """The checkpoint of evaluate and predict, its tokenizer and the task."""
+    task, folder = find_task(config.task), checkpoint_folder(config.checkpoint, "student")
+    model = match_labels(load_bert(folder), task, folder)
+    return model, load_fitting_tokenizer(folder, model, config), task
+
+
+def evaluate(config: DistillConfig) -> None:
+    """Scores a checkpoint on a task's dev split."""
+    model, tokenizer, task = load_trained(config)
+    score_model(model, tokenizer, task, config, None)
+
+
+def predict(config: DistillConfig) -> None:
+    """Writes index<TAB>prediction for every row of a split, in the GLUE server's form."""
+    import data
+    import glue
+
+    model, tokenizer, task = load_trained(config)
+    texts = load_split(config, task, config.split).texts
+    logits = predict_logits(model, data.encode(tokenizer, texts), config)
+    rows = [f"{i}\t{value}\n" for i, value in enumerate(glue.values(task, answers(logits)))]
+    content = "index\tprediction\n" + "".join(rows)
+    if config.out:
+        write_file(config.out, content.encode())
+        print(f"{len(rows)} predictions for {task.name} {config.split} in {config.out}")
+    else:
+        sys.stdout.write(content)
+
+
+# --- command line --------------------------------------------------------------------------------
+
+_DATA = ("task", "data_dir")
+_RUN = ("max_length", "device", "precision")
+_TRAIN = ("bert", "out", "overwrite", "limit", "seed", "batch_size", "warmup", "weight_decay",
+          "clip", "log_every", "teacher_epochs", "teacher_lr")  # fmt: skip
+_COMMANDS: dict[str, tuple[Callable[[DistillConfig], None], tuple[str, ...]]] = {
+    "distill": (distill, tuple(f.name for f in fields(DistillConfig) if f.name not in ("split", "checkpoint"))),
+    "finetune": (finetune, _DATA + _TRAIN + _RUN),
+    "evaluate": (evaluate, ("checkpoint",) + _DATA + _RUN),
+    "predict": (predict, ("checkpoint",) + _DATA + ("split", "out") + _RUN),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """One flag per field of DistillConfig, for the commands that use it."""
+    top = argparse.ArgumentParser(
+        prog="microbert", description="Distil a BERT into a layer-pruned student. Commands: "
+        + "; ".join(f"{name}: {run.__doc__}" for name, (run, _) in _COMMANDS.items()),
+    )  # fmt: skip
+    top.add_argument("--version", action="version", version=__version__)
+    commands = top.add_subparsers(dest="command", required=True)
+    for command, (run, names) in _COMMANDS.items():
+        sub = commands.add_parser(command, help=run.__doc__, description=run.__doc__, allow_abbrev=False)
+        for f in [f for f in fields(DistillConfig) if f.name in names]:
+            flags = ["--" + f.name.replace("_", "-")]
+            if command == "finetune" and f.name.startswith("teacher_"):
+                flags.append(flags[0].replace("teacher-", ""))  # its only training: --epochs, --lr
+            text = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
+            if f.name == "checkpoint":
+                sub.add_argument(f.name, help=f.metadata["help"])
+            elif isinstance(f.default, bool):
+                sub.add_argument(*flags, default=f.default, help=text, action=argparse.BooleanOptionalAction)
+            else:
+                sub.add_argument(*flags, default=f.default, help=text, type=type(f.default), metavar=type(f.default).__name__)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; a user's mistake is one line on stderr and exit code 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] not in (*_COMMANDS, "-h", "--help", "--version"):
+        arguments.insert(0, "distill")
+    chosen = vars(parser().parse_args(arguments))
+    run, _ = _COMMANDS[chosen.pop("command")]
+    try:
+        run(settle(DistillConfig(**chosen)))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

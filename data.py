@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -161,26 +161,26 @@ def sorted_batches(lengths: np.ndarray, max_tokens: int = 8192) -> Iterator[np.n
 
 
 def transfer_texts(
-    own: Sequence, others: Sequence, held_out: Iterable[str], count: int, seed: int
+    own: Sequence, others: Sequence[Sequence], held_out: Iterable[str], count: int, seed: int
 ) -> tuple[list, int]:
     """Up to count unlabelled texts in the form of the task's own, and how many were left out.
 
-    own: the task's training texts, sentences or pairs; others: sentences and pairs from elsewhere,
-    mixed; held_out: sentences of the task's dev and test splits: no text with one of them, alone
-    or in a pair, is returned (compared without case, space and punctuation).
-    Half is others' text, half the task's own perturbed; where others is short, own fills up.
+    own: the task's training texts, sentences or pairs; others: such texts from elsewhere, source
+    by source; held_out: sentences of the task's dev and test splits: no text with one of them,
+    alone or in a pair, is returned (compared without case, space and punctuation).
+    Half is others' text, the sources in turn, as long as the task's own (5th to 95th percentile of
+    the word counts); half is the task's own, perturbed; where others is short, own fills up.
     """
     rng = random.Random(seed)
     banned = {_plain(text) for text in held_out}
     pairs = bool(own) and not isinstance(own[0], str)
-    sentences = [s for text in others for s in ([text] if isinstance(text, str) else text)]
-    foreign = list(dict.fromkeys(others if pairs else sentences))
-    rng.shuffle(foreign)
-    kept, left_out = dict.fromkeys(()), 0
-    limits = [(foreign[: count // 2], count)]
-    limits += [(own, count)] * (1 + count // max(1, len(own))) if own else []
-    for source, limit in limits:
-        for text in rng.sample(source, len(source)):
+    foreign = _in_turn([_in_form(source, own, pairs) for source in others], rng)
+    sentences = [text for text in foreign if isinstance(text, str)]
+    kept: dict = {}
+    left_out = 0
+    rounds = [(foreign, count // 2)] + [(own, count)] * (1 + count // max(1, len(own)))
+    for source, limit in rounds:
+        for text in source if source is foreign else rng.sample(source, len(source)):
             if len(kept) >= limit:
                 break
             if source is own:
@@ -192,6 +192,30 @@ def transfer_texts(
             else:
                 kept[text] = None
     return list(kept), left_out
+
+
+def _in_form(source: Sequence, own: Sequence, pairs: bool) -> list:
+    """Pairs (for a task of pairs) and sentences of a source, in length between own's extremes."""
+    sizes = sorted(map(_word_count, own))
+    low, high = sizes[len(sizes) // 20], sizes[len(sizes) * 19 // 20]
+    sentences = [s for text in source for s in ([text] if isinstance(text, str) else text)]
+    texts = [text for text in source if pairs and not isinstance(text, str)]
+    texts = [text for text in texts if low <= _word_count(text) <= high]
+    if not texts:  # a pair needs two sentences, each of half the length
+        low, high = low // (1 + pairs), high // (1 + pairs)
+        texts = [text for text in sentences if low <= _word_count(text) <= high]
+    return list(dict.fromkeys(texts))
+
+
+def _in_turn(sources: Sequence[list], rng: random.Random) -> list:
+    """All texts once, shuffled within their source, one of each source after the other."""
+    shuffled = [rng.sample(source, len(source)) for source in sources]
+    mixed = (text for row in zip_longest(*shuffled) for text in row if text is not None)
+    return list(dict.fromkeys(mixed))
+
+
+def _word_count(text: str | tuple[str, str]) -> int:
+    return len((text if isinstance(text, str) else " ".join(text)).split())
 
 
 def _plain(text: str) -> str:

@@ -165,7 +165,7 @@ class DistillConfig:
     expert_size: int = opt(128, "width P of an expert's projection")
     routing: str = opt("task", "'task': one gate per layer; 'sentence': a gate for each sentence")
     balance_weight: float = opt(0.01, "weight of the importance loss that keeps every expert used")
-    transfer: float = opt(4.0, "unlabelled transfer texts per training example; 0 is none")
+    transfer: float = opt(-1.0, "transfer texts per training example; -1 chooses, 0 is none")
 
     epochs: int = opt(0, "passes over training and transfer text; 0 chooses by their size")
     teacher_epochs: int = opt(0, "passes of the teacher's fine-tuning; 0 chooses by size")
@@ -635,10 +635,9 @@ def fit_experts(
             hard_loss(guess, known) + soft_loss(guess, target, temperature)
             for guess in guesses.unbind(1)
         )
-        loss = task + balance_weight * importance_loss(gate)
-        optimizer.zero_grad()
-        loss.backward()
+        (task + balance_weight * importance_loss(gate)).backward()
         optimizer.step()
+        optimizer.zero_grad()
     return experts.eval().requires_grad_(False)
 
 
@@ -707,8 +706,11 @@ def discriminator_loss(discriminator: nn.Module, teacher: Tensor, student: Tenso
 
 
 def adversarial_loss(discriminator: nn.Module, student: Tensor) -> Tensor:
-    """softplus(-D(student)), the non-saturating form of [5]; no gradient into the discriminator."""
-    frozen = {name: p.detach() for name, p in discriminator.named_parameters()}
+    """softplus(-D(student)), the non-saturating form of [5]: outputs (B, F) -> ().
+
+    The discriminator is called on copies of its parameters and buffers: this step cannot move it.
+    """
+    frozen = {name: tensor.detach().clone() for name, tensor in discriminator.state_dict().items()}
     return F.softplus(-torch.func.functional_call(discriminator, frozen, (student,))).mean()
 
 
@@ -840,9 +842,8 @@ def train(
             with autocast(config):
                 output = model(**batch)
             terms = objective(output, batch["attention_mask"], torch.from_numpy(rows), step / steps)
-            loss = torch.stack(list(terms.values())).sum()
             optimizer.zero_grad()
-            loss.backward()
+            torch.stack(list(terms.values())).sum().backward()
             nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             optimizer.step()
             step += 1
@@ -983,7 +984,7 @@ def settle(config: DistillConfig) -> DistillConfig:
         ("log_every", config.log_every > 0, "at least 1"),
         ("max_length", config.max_length > 2, "at least 3"),
         *((name, getattr(config, name) >= 0, "0 or more") for name in
-          ("layers", "transfer", "epochs", "teacher_epochs", "lr", "teacher_lr", "limit", "seed")),
+          ("layers", "epochs", "teacher_epochs", "lr", "teacher_lr", "limit", "seed")),
     ):  # fmt: skip
         if not good:
             flag = "--" + name.replace("_", "-")
@@ -1040,7 +1041,8 @@ def match_labels(model: Bert, task: "glue.Task", where: Path) -> Bert:
     silent = names == tuple(f"LABEL_{i}" for i in range(len(names)))
     if len(names) == len(wanted) and (silent or task.regression):
         if silent and not task.regression:
-            print(f"note: {where} names no labels, taken to be {', '.join(wanted)} in that order")
+            order = ", ".join(wanted)
+            print(f"note: {where} names no labels, taken to be {order}", file=sys.stderr)
         model.config = replace(model.config, labels=wanted)
         return model
     plain = [name.lower().replace("-", "_").replace(" ", "_") for name in names]
@@ -1061,15 +1063,13 @@ def load_fitting_tokenizer(folder: Path, model: Bert, config: DistillConfig) -> 
     """The folder's tokenizer, refused with ValueError where it does not fit the model."""
     import data
 
-    tokenizer = data.load_tokenizer(folder, config.max_length)
+    positions = model.config.max_position_embeddings
+    if config.max_length > positions:
+        print(f"note: texts are cut at {positions} tokens, this BERT's positions", file=sys.stderr)
+    tokenizer = data.load_tokenizer(folder, min(config.max_length, positions))
     size, rows = tokenizer.get_vocab_size(), model.config.vocab_size
     if size > rows:
         raise ValueError(f"{folder}: tokenizer of {size} tokens for {rows} embeddings; not its own?")
-    if config.max_length > model.config.max_position_embeddings:
-        raise ValueError(
-            f"--max-length is {config.max_length}, but this BERT has "
-            f"{model.config.max_position_embeddings} positions"
-        )
     return tokenizer
 
 
@@ -1172,8 +1172,11 @@ def gather_transfer(config: DistillConfig, task: "glue.Task", train_texts: list)
     for other in glue.TASKS.values() if task.name != "toy" else ():
         path = Path(config.data_dir) / other.name / "train.tsv"
         if other.name != task.name and path.is_file():
-            others += glue.read(other, config.data_dir, "train").texts
-    count = round(config.transfer * len(train_texts))
+            others.append(glue.read(other, config.data_dir, "train").texts)
+    chosen = min(4 * len(train_texts), max(0, 100_000 - len(train_texts)))
+    if task.name == "toy":
+        chosen = len(train_texts)
+    count = chosen if config.transfer < 0 else round(config.transfer * len(train_texts))
     texts, left_out = data.transfer_texts(train_texts, others, held_out, count, config.seed)
     print(f"transfer text: {len(texts)} unlabelled, {left_out} left out for occurring in dev or test")
     return texts
@@ -1263,7 +1266,7 @@ def distill(config: DistillConfig) -> None:
         results["pruned"] = score_model(student, tokenizer, task, config, log)
     with log.timed("student"):
         objective = Distillation(cache, experts, config)
-        epochs = config.epochs or auto_epochs(len(encoded), 100_000)
+        epochs = config.epochs or auto_epochs(len(encoded), 20_000 if task.name == "toy" else 100_000)
         train(student, encoded, objective, config, log, epochs=epochs, lr=config.lr)
         results["student"] = score_model(student, tokenizer, task, config, log)
         save_bert(student, out / "student", tokenizer_from=out / "teacher")

@@ -1,4 +1,4 @@
-"""Text to batches: a checkpoint's tokenizer, encoding once, length-bucketed batches, a built-in task.
+"""Text to batches: a tokenizer, encoding once, length-bucketed batches, the built-in task.
 
     tokenizer = load_tokenizer("teacher", max_length=128)
     encoded = encode(tokenizer, ["one sentence", "another"])      # flat arrays, no padding
@@ -66,12 +66,16 @@ def _tokenizer_options(folder: Path) -> dict[str, bool]:
         stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path}: not a JSON object")
     names = {
         "do_lower_case": "lowercase",
         "strip_accents": "strip_accents",
         "tokenize_chinese_chars": "handle_chinese_chars",
     }
-    return {ours: stored[theirs] for theirs, ours in names.items() if stored.get(theirs) is not None}
+    return {
+        ours: stored[theirs] for theirs, ours in names.items() if stored.get(theirs) is not None
+    }
 
 
 # --- encoding and batches ------------------------------------------------------------------------
@@ -79,7 +83,7 @@ def _tokenizer_options(folder: Path) -> dict[str, bool]:
 
 @dataclass(frozen=True)
 class Encoded:
-    """n texts as token ids, end to end without padding; text i is ids[offsets[i]:offsets[i + 1]]."""
+    """n texts as token ids without padding; text i is ids[offsets[i]:offsets[i + 1]]."""
 
     ids: np.ndarray  # (S,) int32
     type_ids: np.ndarray  # (S,) uint8, 1 in the second text of a pair
@@ -96,14 +100,13 @@ class Encoded:
 
 def encode(tokenizer: Tokenizer, texts: Sequence, chunk: int = 4096) -> Encoded:
     """Encodes sentences, or (first, second) pairs, in chunks that bound the memory taken."""
-    ids, type_ids, lengths = [], [], [0]
+    ids, type_ids, lengths = [np.zeros(0, np.int32)], [np.zeros(0, np.uint8)], [0]
     for start in range(0, len(texts), chunk):
         encodings = tokenizer.encode_batch(texts[start : start + chunk])
         ids.append(np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int32))
         type_ids.append(np.fromiter(chain.from_iterable(e.type_ids for e in encodings), np.uint8))
         lengths += map(len, encodings)
-    empty = [np.zeros(0, np.int32)]
-    return Encoded(np.concatenate(ids or empty), np.concatenate(type_ids or empty), np.cumsum(lengths))
+    return Encoded(np.concatenate(ids), np.concatenate(type_ids), np.cumsum(lengths))
 
 
 def concatenate(first: Encoded, second: Encoded) -> Encoded:
@@ -196,7 +199,7 @@ def transfer_texts(
 
 def _in_form(source: Sequence, own: Sequence, pairs: bool) -> list:
     """Pairs (for a task of pairs) and sentences of a source, in length between own's extremes."""
-    sizes = sorted(map(_word_count, own))
+    sizes = sorted(map(_word_count, own or source)) or [0]
     low, high = sizes[len(sizes) // 20], sizes[len(sizes) * 19 // 20]
     sentences = [s for text in source for s in ([text] if isinstance(text, str) else text)]
     texts = [text for text in source if pairs and not isinstance(text, str)]
@@ -275,7 +278,7 @@ def toy_examples(split: str) -> tuple[list[str], np.ndarray]:
 
 
 def _draw_examples(count: int, rng: random.Random, forms: list[str]) -> list[tuple[str, int]]:
-    """Different sentences with their labels; {0} in a form is the main clause. Mirrors stay together."""
+    """Sentences, each once, with their labels; {0} is the main clause. Mirrors stay together."""
     examples: dict[str, int] = {}
     while len(examples) < count:
         label = rng.randrange(2)

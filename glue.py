@@ -104,7 +104,7 @@ def read(task: str | Task, data_dir: str | Path, split: str) -> Examples:
 
     Raises FileNotFoundError for a missing file and ValueError (`path:line: found, expected`) for
     anything in it that the task's format does not allow. Rows are never dropped, except that QQP's
-    few short rows in train are skipped and counted in one line on stderr.
+    few short rows in train and dev are skipped and counted in one line on stderr.
     """
     task = find_task(task) if isinstance(task, str) else task
     path = _path(task, Path(data_dir), split)
@@ -151,10 +151,11 @@ def _rows(path: Path, task: Task, split: str) -> tuple[list[list[str]], list[str
     odd = [n for n, row in zip(numbers, cells) if len(row) != len(header)]
     if not odd:
         return cells, header, list(numbers)
-    if task.name != "QQP" or any(len(cells[n - first]) > len(header) for n in odd):
-        row = cells[odd[0] - first]
+    bad = [n for n in odd if task.name != "QQP" or len(cells[n - first]) > len(header)]
+    if bad:
+        row = cells[bad[0] - first]
         raise ValueError(
-            f"{path}:{odd[0]}: {len(row)} tab-separated cells, expected {len(header)} "
+            f"{path}:{bad[0]}: {len(row)} tab-separated cells, expected {len(header)} "
             f"({', '.join(header)}); first cell is {row[0][:40]!r}"
         )
     if split.startswith("test"):  # a prediction is owed for every row: what is missing is empty
@@ -162,6 +163,8 @@ def _rows(path: Path, task: Task, split: str) -> tuple[list[list[str]], list[str
         return [row + [""] * (len(header) - len(row)) for row in cells], header, list(numbers)
     print(f"{path}: {len(odd)} short rows skipped, first at line {odd[0]}", file=sys.stderr)
     kept = [n for n in numbers if len(cells[n - first]) == len(header)]
+    if not kept:
+        raise ValueError(f"{path}: no rows of {len(header)} tab-separated cells in it")
     return [cells[n - first] for n in kept], header, kept
 
 
@@ -171,7 +174,7 @@ def _text(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; GLUE's layout is DATA_DIR/TASK/SPLIT.tsv")
     raw = path.read_bytes()
-    if not raw.strip():
+    if not raw.removeprefix(b"\xef\xbb\xbf").strip():
         raise ValueError(f"{path}: empty file; fetch it again")
     if raw.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path}: a Git LFS pointer, not the data; run `git lfs pull`")
@@ -247,8 +250,9 @@ def pearson(labels: np.ndarray, predictions: np.ndarray) -> float:
     x, y = np.asarray(labels, np.float64), np.asarray(predictions, np.float64)
     if len(x) < 2 or not (np.isfinite(x).all() and np.isfinite(y).all()):
         return 0.0
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
+    if (x == x[0]).all() or (y == y[0]).all():
         return 0.0
+    x, y = x / np.abs(x).max(), y / np.abs(y).max()  # squares neither under- nor overflow
     x, y = x - x.mean(), y - y.mean()
     x, y = x / np.linalg.norm(x), y / np.linalg.norm(y)
     return float(np.clip(x @ y, -1.0, 1.0))
@@ -293,9 +297,11 @@ def score(task: str | Task, labels: ArrayLike, predictions: ArrayLike) -> dict[s
     return result | {"score": sum(result.values()) / len(result)}
 
 
-def values(task: str | Task, predictions: Sequence[int] | Sequence[float] | np.ndarray) -> list[str]:
+def values(
+    task: str | Task, predictions: Sequence[int] | Sequence[float] | np.ndarray
+) -> list[str]:
     """Predictions (class ids or scores) as the GLUE server spells them; scores clipped to 0..5."""
     task = find_task(task) if isinstance(task, str) else task
     if task.regression:
-        return [f"{min(max(float(p), 0.0), 5.0):.3f}" for p in predictions]
+        return [f"{min(max(0.0, float(p)), 5.0):.3f}" for p in predictions]
     return [task.spelling[int(p)] for p in predictions]

@@ -26,7 +26,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -80,7 +80,7 @@ class BertConfig:
             raise FileNotFoundError(f"{path}: no such file; a checkpoint folder has a config.json")
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not JSON: {error}") from None
         if not isinstance(stored, dict):
             raise ValueError(f"{path}: a JSON {type(stored).__name__}, expected an object")
@@ -88,11 +88,12 @@ class BertConfig:
             if stored.get(key, implemented[0]) not in implemented:
                 raise ValueError(f"{path}: {key} {stored[key]!r}, implemented: {implemented[0]!r}")
         values = {f.name: stored[f.name] for f in fields(cls) if f.name in stored}
-        names = stored.get("id2label") or {i: f"LABEL_{i}" for i in range(stored.get("num_labels", 2))}
         try:
-            values["labels"] = tuple(str(names[key]) for key in sorted(names, key=int))
-            if sorted(map(int, names)) != list(range(len(names))):
-                raise ValueError(f"id2label has the ids {sorted(map(int, names))}, expected 0, 1, ...")
+            unnamed = {i: f"LABEL_{i}" for i in range(min(stored.get("num_labels", 2), 2**10 + 1))}
+            names = {int(i): str(name) for i, name in (stored.get("id2label") or unnamed).items()}
+            if sorted(names) != list(range(len(names))):
+                raise ValueError(f"id2label has the ids {sorted(names)}, expected 0, 1, ...")
+            values["labels"] = tuple(names[i] for i in range(len(names)))
             config = cls(**values)
             config._check()
         except (TypeError, ValueError, AttributeError) as error:
@@ -101,9 +102,16 @@ class BertConfig:
 
     def _check(self) -> None:
         for f in fields(self):
-            value, sizes = getattr(self, f.name), f.type in (int, "int")
-            if sizes and (type(value) is not int or not (f.name == "pad_token_id") <= value + 1 <= 2**24):
-                raise ValueError(f"{f.name} is {value!r}, expected a whole number of 1 to 2**24")
+            value, low = getattr(self, f.name), 0 if f.name == "pad_token_id" else 1
+            high = 2**10 if f.name.startswith("num_") else 2**24  # nobody's BERT is larger
+            if f.type is int and not (type(value) is int and low <= value <= high):
+                raise ValueError(f"{f.name} is {value!r}, expected a whole number, {low} to {high}")
+            value = 0 if value is None and f.name == "classifier_dropout" else value
+            share = f.type in (float, float | None)
+            if share and not (type(value) in (int, float) and 0 <= value <= 1):
+                raise ValueError(f"{f.name} is {value!r}, expected a number, 0 to 1")
+        if not 1 <= len(self.labels) <= 2**10:
+            raise ValueError(f"{len(self.labels)} labels or more, expected 1 to {2**10}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is no multiple of num_attention_heads "
@@ -111,7 +119,7 @@ class BertConfig:
             )
 
     def to_json(self) -> str:
-        """The text of a config.json that Hugging Face's AutoModelForSequenceClassification reads."""
+        """A config.json as transformers' AutoModelForSequenceClassification reads it."""
         stored = asdict(self)
         labels = stored.pop("labels")
         stored |= {
@@ -143,7 +151,9 @@ def opt(default: Any, help: str) -> Any:
 class DistillConfig:
     """Every option of every command: its default, and what --help says of it."""
 
-    task: str = opt("toy", "'toy' (built in, offline) or a GLUE task: CoLA SST-2 MRPC QQP STS-B ...")
+    task: str = opt(
+        "toy", "'toy' (built in, offline) or a GLUE task: CoLA SST-2 MRPC QQP STS-B ..."
+    )
     data_dir: str = opt("glue", "folder of the GLUE files, DATA_DIR/TASK/train.tsv and so on")
     bert: str = opt("", "checkpoint folder of a pre-trained BERT, fine-tuned into the teacher")
     teacher: str = opt("", "checkpoint folder of a teacher already fine-tuned, in place of --bert")
@@ -272,7 +282,7 @@ class Bert(nn.Module):
         tokens = input_ids.shape[1]
         if tokens > self.config.max_position_embeddings:
             raise ValueError(
-                f"{tokens} tokens, but this BERT has {self.config.max_position_embeddings} positions"
+                f"{tokens} tokens for a BERT of {self.config.max_position_embeddings} positions"
             )
         positions = torch.arange(tokens, device=input_ids.device)  # (T,)
         segments = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
@@ -312,8 +322,10 @@ _LAYER_NAMES = {
     "output": "output.dense",
     "output_norm": "output.LayerNorm",
 }
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 def _tensor_names(keep: Sequence[int]) -> dict[str, str]:
@@ -398,10 +410,17 @@ def _read_checkpoint(folder: Path) -> tuple[Path, dict[str, Tensor]]:
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a broken or unsafe file makes torch raise
-            raise ValueError(f"{path}: not a file of plain tensors: {error}".split("\n")[0]) from None
+            raise ValueError(
+                f"{path}: not a file of plain tensors: {error}".split("\n")[0]
+            ) from None
     else:
         raise FileNotFoundError(f"{folder}: neither model.safetensors nor pytorch_model.bin in it")
     stored: dict[str, Tensor] = {}
+    sound = isinstance(tensors, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+    )
+    if not sound:
+        raise ValueError(f"{path}: not a dict of tensors by name")
     for name, tensor in tensors.items():
         new = name.replace("LayerNorm.gamma", "LayerNorm.weight")
         new = new.replace("LayerNorm.beta", "LayerNorm.bias")
@@ -452,7 +471,9 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
             spans = sorted((*_span(name, entry), name) for name, entry in header.items())
             edges = [0, *(stop for _, stop, _ in spans)]
             if [start for start, _, _ in spans] != edges[:-1] or edges[-1] != total - 8 - size:
-                raise ValueError(f"the tensors' ranges do not tile the {total - 8 - size} bytes of data")
+                raise ValueError(
+                    f"the tensors' ranges do not tile the {total - 8 - size} bytes of data"
+                )
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not a sound safetensors file: {error}") from None
         tensors = {}
@@ -477,6 +498,7 @@ def _span(name: str, entry: Any) -> tuple[int, int]:
     try:
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         whole = all(type(number) is int and number >= 0 for number in [*shape, start, stop])
+        whole = whole and type(shape) is list and math.prod(n or 1 for n in shape) < 2**48
         if whole and stop - start == math.prod(shape) * _DTYPES[dtype].itemsize:
             return start, stop
     except (KeyError, TypeError, ValueError):
@@ -490,7 +512,11 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
     blocks, end = [], 0
     for name, tensor in tensors.items():
         block = tensor.detach().float().cpu().contiguous().numpy().tobytes()
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [end, end + len(block)]}
+        header[name] = {
+            "dtype": "F32",
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + len(block)],
+        }
         end += len(block)
         blocks.append(block)
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -513,7 +539,12 @@ def save_bert(model: Bert, folder: str | Path, tokenizer_from: str | Path | None
             write_file(folder / name, source.read_bytes())
 
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+)
 
 
 def write_file(path: str | Path, content: bytes) -> None:
@@ -549,7 +580,7 @@ def sentence_features(hidden_states: Sequence[Tensor], attention_mask: Tensor) -
 
 
 class FeatureMapping(nn.Module):
-    """Student features in the teacher's width: the identity, or one linear map per matched layer."""
+    """Student features in the teacher's width: as they are, or one linear map per matched layer."""
 
     def __init__(self, matched: int, student_size: int, teacher_size: int) -> None:
         super().__init__()
@@ -623,7 +654,9 @@ def fit_experts(
     device = experts.gate_bias.device
     gate_parameters = [p for p in (experts.gate_bias, experts.router) if p is not None]
     others = [experts.experts, experts.heads, experts.biases]
-    optimizer = torch.optim.Adam([{"params": others}, {"params": gate_parameters, "lr": 2e-2}], lr=1e-3)
+    optimizer = torch.optim.Adam(
+        [{"params": others}, {"params": gate_parameters, "lr": 2e-2}], lr=1e-3
+    )
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         rows = torch.randint(len(features), (batch_size,), generator=generator)
@@ -779,7 +812,9 @@ class Distillation:
         student = sentence_features(output.hidden_states[1:], attention_mask)  # (B, K, E, H)
         teacher = self.cache.features[rows].to(device, non_blocking=True).float()  # (B, K, E, H)
         if config.fal:
-            terms["align"] = config.alignment_weight * alignment_loss(student, teacher, self.experts)
+            terms["align"] = config.alignment_weight * alignment_loss(
+                student, teacher, self.experts
+            )
         if config.gan:
             real = model_outputs(self.fuse(teacher, teacher), target, config.temperature)
             fake = model_outputs(self.fuse(student, teacher), logits, config.temperature)
@@ -838,7 +873,9 @@ def train(
         for rows in data.bucketed_batches(lengths, size, seed=config.seed, epoch=epoch):
             for group in optimizer.param_groups:
                 group["lr"] = lr * schedule(step / steps, config.warmup)
-            batch = {k: v.to(device, non_blocking=True) for k, v in data.collate(encoded, rows).items()}
+            batch = {
+                k: v.to(device, non_blocking=True) for k, v in data.collate(encoded, rows).items()
+            }
             with autocast(config):
                 output = model(**batch)
             terms = objective(output, batch["attention_mask"], torch.from_numpy(rows), step / steps)
@@ -872,7 +909,11 @@ def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW
 
 def resolve_device(name: str) -> torch.device:
     """'auto' is CUDA, else MPS, else the CPU. Raises ValueError for one that is not there."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    here = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if name == "auto":
         return torch.device(next(device for device, there in here.items() if there))
     if not here.get(name.split(":")[0], False):
@@ -887,8 +928,10 @@ def autocast(config: DistillConfig) -> torch.autocast:
 
 
 @torch.no_grad()
-def run_batches(model: Bert, encoded: "data.Encoded", config: DistillConfig):
-    """Yields (rows, attention_mask, output) over batches sorted by length, the model in eval mode."""
+def run_batches(
+    model: Bert, encoded: "data.Encoded", config: DistillConfig
+) -> Iterator[tuple[Tensor, Tensor, BertOutput]]:
+    """Yields rows (B,), attention_mask (B, T), output; sorted by length, the model in eval mode."""
     import data
 
     device = resolve_device(config.device)
@@ -938,7 +981,6 @@ class Log:
     def __init__(self, path: Path) -> None:
         self.path, self.phase = path, ""
         self.seconds: dict[str, float] = {}
-        write_file(path, b"")
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -957,6 +999,8 @@ class Log:
         """One line whose weighted terms add up to the loss."""
         numbers = {name: term.item() for name, term in terms.items()}
         loss, seconds = sum(numbers.values()), time.perf_counter() - started
+        if not math.isfinite(loss):
+            raise ValueError(f"{self.phase} step {step}: the loss is {loss}, of terms {numbers}")
         rate, eta = step * size / seconds, round(seconds / step * (steps - step))
         self.write(step=step, steps=steps, loss=loss, **numbers, lr=lr, examples_per_second=rate)
         parts = " + ".join(f"{name} {number:.4f}" for name, number in numbers.items())
@@ -1037,7 +1081,9 @@ def match_labels(model: Bert, task: "glue.Task", where: Path) -> Bert:
     """
     names, wanted = model.config.labels, task.labels or ("score",)
     if model.fresh:
-        raise ValueError(f"{where}: no trained {' and '.join(model.fresh)}; fine-tune it: --bert {where}")
+        raise ValueError(
+            f"{where}: no trained {' and '.join(model.fresh)}; fine-tune it: --bert {where}"
+        )
     silent = names == tuple(f"LABEL_{i}" for i in range(len(names)))
     if len(names) == len(wanted) and (silent or task.regression):
         if silent and not task.regression:
@@ -1069,7 +1115,9 @@ def load_fitting_tokenizer(folder: Path, model: Bert, config: DistillConfig) -> 
     tokenizer = data.load_tokenizer(folder, min(config.max_length, positions))
     size, rows = tokenizer.get_vocab_size(), model.config.vocab_size
     if size > rows:
-        raise ValueError(f"{folder}: tokenizer of {size} tokens for {rows} embeddings; not its own?")
+        raise ValueError(
+            f"{folder}: tokenizer of {size} tokens for {rows} embeddings; not its own?"
+        )
     return tokenizer
 
 
@@ -1111,15 +1159,22 @@ def toy_bert(task: "glue.Task", folder: Path) -> Bert:
 def score_model(
     model: Bert, tokenizer: "Tokenizer", task: "glue.Task", config: DistillConfig, log: Log | None
 ) -> dict[str, Any]:
-    """Layers, parameters and dev metrics; MNLI's mismatched ones under their split's name."""
+    """Layers, parameters and dev metrics; MNLI's mismatched ones under their split's name.
+
+    In fp32 whatever the training was in: what `evaluate` and `predict` give by default.
+    """
     import data
     import glue
 
+    config = replace(config, precision="fp32") if log else config
+    splits = [name for name in task.splits if name.startswith("dev")]
+    if not splits:
+        raise ValueError(f"{task.name} has no labels to score against; use predict")
     result: dict[str, Any] = {
         "layers": model.config.num_hidden_layers,
         "parameters": model.parameter_count(),
     }
-    for split in [name for name in task.splits if name.startswith("dev")]:
+    for split in splits:
         texts, labels = load_split(config, task, split)
         logits = predict_logits(model, data.encode(tokenizer, texts), config)
         metrics = glue.score(task, labels, answers(logits))
@@ -1138,8 +1193,9 @@ def answers(logits: Tensor) -> "numpy.ndarray":
 
 def refuse_majority(task: "glue.Task", dev: "glue.Examples", reached: float, force: bool) -> None:
     """Stops a run whose teacher knows no more than the most frequent label (or a constant)."""
-    import glue
     import numpy as np
+
+    import glue
 
     labels = dev.labels
     constant = labels.mean() if task.regression else np.bincount(labels).argmax()
@@ -1178,7 +1234,9 @@ def gather_transfer(config: DistillConfig, task: "glue.Task", train_texts: list)
         chosen = len(train_texts)
     count = chosen if config.transfer < 0 else round(config.transfer * len(train_texts))
     texts, left_out = data.transfer_texts(train_texts, others, held_out, count, config.seed)
-    print(f"transfer text: {len(texts)} unlabelled, {left_out} left out for occurring in dev or test")
+    print(
+        f"transfer text: {len(texts)} unlabelled, {left_out} left out for occurring in dev or test"
+    )
     return texts
 
 
@@ -1186,7 +1244,6 @@ def refuse_finished(out: Path, overwrite: bool) -> None:
     """Raises ValueError where --out holds a finished run that --overwrite does not give up."""
     if (out / "results.json").exists() and not overwrite:
         raise ValueError(f"{out} holds a finished run (results.json); --overwrite replaces it")
-    (out / "results.json").unlink(missing_ok=True)
 
 
 def keep_layers(config: DistillConfig, teacher_layers: int) -> tuple[int, ...]:
@@ -1203,41 +1260,50 @@ def keep_layers(config: DistillConfig, teacher_layers: int) -> tuple[int, ...]:
 
 
 def make_teacher(
-    config: DistillConfig, task: "glue.Task", out: Path, log: Log, student: bool = True
-) -> tuple[Bert, "Tokenizer", "data.Encoded", Tensor, dict[str, Any]]:
-    """The teacher, saved in out/teacher and scored, with its tokenizer and the training set.
+    config: DistillConfig, task: "glue.Task", train_set: "glue.Examples", out: Path, log: Log
+) -> tuple[Bert, "Tokenizer", "data.Encoded", Tensor]:
+    """The teacher, saved in out/teacher, with its tokenizer and the encoded training set.
 
-    student: check --layers and --keep-layers against it first, before anything is trained.
+    Everything that a user may have got wrong is found before the first step, and only then is
+    what an earlier run left in `out` given up.
     """
     import data
 
-    train_set = load_split(config, task, "train")
-    load_split(config, task, "dev")  # a fault in it should not wait until the teacher is trained
     teacher, folder = starting_bert(config, task, out / "teacher")
-    if student:
-        keep_layers(config, teacher.config.num_hidden_layers)
+    keep_layers(config, teacher.config.num_hidden_layers)
     tokenizer = load_fitting_tokenizer(folder, teacher, config)
-    encoded, labels = data.encode(tokenizer, train_set.texts), torch.tensor(train_set.labels).float()
+    encoded = data.encode(tokenizer, train_set.texts)
+    labels = torch.tensor(train_set.labels).float()  # (n,)
+    (out / "results.json").unlink(missing_ok=True)
+    write_file(log.path, b"")
     for row in range(min(2, len(encoded))):
         ids = encoded.ids[encoded.offsets[row] : encoded.offsets[row + 1]]
         tokens = " ".join(tokenizer.id_to_token(int(i)) for i in ids)
-        print(f"example {row + 1}: {tokens} -> {task.labels[int(labels[row])] if task.labels else float(labels[row])}")
+        label = task.labels[int(labels[row])] if task.labels else f"{labels[row]:.2f}"
+        print(f"example {row + 1}: {tokens} -> {label}")
     if not config.teacher:
-        def objective(output, mask, rows, progress):
+
+        def objective(
+            output: BertOutput, mask: Tensor, rows: Tensor, progress: float
+        ) -> dict[str, Tensor]:
             return {"hard": hard_loss(output.logits.float(), labels[rows].to(output.logits.device))}
-        epochs = config.teacher_epochs or auto_epochs(len(encoded), 32_000 if task.name == "toy" else 24_000)
+
+        budget = 32_000 if task.name == "toy" else 24_000
+        epochs = config.teacher_epochs or auto_epochs(len(encoded), budget)
         train(teacher, encoded, objective, config, log, epochs=epochs, lr=config.teacher_lr)
     save_bert(teacher, out / "teacher", tokenizer_from=folder)
-    return teacher, tokenizer, encoded, labels, score_model(teacher, tokenizer, task, config, log)
+    return teacher, tokenizer, encoded, labels
 
 
 def finetune(config: DistillConfig) -> None:
     """Fine-tunes a BERT on a task and scores it: the teacher, without a student."""
     out, task = Path(config.out or "out"), find_task(config.task)
     refuse_finished(out, config.overwrite)
+    train_set, _ = load_split(config, task, "train"), load_split(config, task, "dev")
     log = Log(out / "log.jsonl")
     with log.timed("teacher"):
-        *_, scores = make_teacher(config, task, out, log, student=False)
+        teacher, tokenizer, _, _ = make_teacher(config, task, train_set, out, log)
+        scores = score_model(teacher, tokenizer, task, config, log)
     write_results(out, config, task, log, {"teacher": scores})
     print(f"saved {out / 'teacher'}; distil it: --task {task.name} --teacher {out / 'teacher'}")
 
@@ -1248,14 +1314,15 @@ def distill(config: DistillConfig) -> None:
 
     out, task = Path(config.out or "out"), find_task(config.task)
     refuse_finished(out, config.overwrite)
+    train_set, dev = load_split(config, task, "train"), load_split(config, task, "dev")
+    transfer = gather_transfer(config, task, train_set.texts)
     log, results = Log(out / "log.jsonl"), {}
     with log.timed("teacher"):
-        made = make_teacher(config, task, out, log)
-        teacher, tokenizer, encoded, labels, results["teacher"] = made
-        refuse_majority(task, load_split(config, task, "dev"), results["teacher"]["score"], config.force)
+        teacher, tokenizer, encoded, labels = make_teacher(config, task, train_set, out, log)
+        results["teacher"] = score_model(teacher, tokenizer, task, config, log)
+    refuse_majority(task, dev, results["teacher"]["score"], config.force)
     with log.timed("cache"):
         keep = keep_layers(config, teacher.config.num_hidden_layers)
-        transfer = gather_transfer(config, task, load_split(config, task, "train").texts)
         encoded = data.concatenate(encoded, data.encode(tokenizer, transfer))
         labels = torch.cat([labels, torch.full((len(transfer),), torch.nan)])
         cache = teacher_pass(teacher, encoded, labels, keep, config, out / "cache.f16")
@@ -1265,15 +1332,19 @@ def distill(config: DistillConfig) -> None:
         student = prune(teacher.cpu(), keep)
         results["pruned"] = score_model(student, tokenizer, task, config, log)
     with log.timed("student"):
+        budget = 20_000 if task.name == "toy" else 100_000
+        epochs = config.epochs or auto_epochs(len(encoded), budget)
         objective = Distillation(cache, experts, config)
-        epochs = config.epochs or auto_epochs(len(encoded), 20_000 if task.name == "toy" else 100_000)
         train(student, encoded, objective, config, log, epochs=epochs, lr=config.lr)
         results["student"] = score_model(student, tokenizer, task, config, log)
-        save_bert(student, out / "student", tokenizer_from=out / "teacher")
-    (out / "cache.f16").unlink()
+    save_bert(student, out / "student", tokenizer_from=out / "teacher")
     write_results(out, config, task, log, results)
     print_table(results)
-    print(f"next: python microbert.py predict {out} --task {task.name} --data-dir {config.data_dir}")
+    print(
+        f"next: python microbert.py predict {out} --task {task.name} --data-dir {config.data_dir}"
+    )
+    with suppress(OSError):  # a system that keeps mapped files keeps this one
+        (out / "cache.f16").unlink()
 
 
 def make_experts(cache: TeacherCache, config: DistillConfig) -> SentenceExperts:
@@ -1367,7 +1438,10 @@ _RUN = ("max_length", "device", "precision")
 _TRAIN = ("bert", "out", "overwrite", "limit", "seed", "batch_size", "warmup", "weight_decay",
           "clip", "log_every", "teacher_epochs", "teacher_lr")  # fmt: skip
 _COMMANDS: dict[str, tuple[Callable[[DistillConfig], None], tuple[str, ...]]] = {
-    "distill": (distill, tuple(f.name for f in fields(DistillConfig) if f.name not in ("split", "checkpoint"))),
+    "distill": (
+        distill,
+        tuple(f.name for f in fields(DistillConfig) if f.name not in ("split", "checkpoint")),
+    ),
     "finetune": (finetune, _DATA + _TRAIN + _RUN),
     "evaluate": (evaluate, ("checkpoint",) + _DATA + _RUN),
     "predict": (predict, ("checkpoint",) + _DATA + ("split", "out") + _RUN),
@@ -1383,7 +1457,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True)
     for command, (run, names) in _COMMANDS.items():
-        sub = commands.add_parser(command, help=run.__doc__, description=run.__doc__, allow_abbrev=False)
+        sub = commands.add_parser(
+            command, help=run.__doc__, description=run.__doc__, allow_abbrev=False
+        )
         for f in [f for f in fields(DistillConfig) if f.name in names]:
             flags = ["--" + f.name.replace("_", "-")]
             if command == "finetune" and f.name.startswith("teacher_"):
@@ -1392,9 +1468,17 @@ def parser() -> argparse.ArgumentParser:
             if f.name == "checkpoint":
                 sub.add_argument(f.name, help=f.metadata["help"])
             elif isinstance(f.default, bool):
-                sub.add_argument(*flags, default=f.default, help=text, action=argparse.BooleanOptionalAction)
+                sub.add_argument(
+                    *flags, default=f.default, help=text, action=argparse.BooleanOptionalAction
+                )
             else:
-                sub.add_argument(*flags, default=f.default, help=text, type=type(f.default), metavar=type(f.default).__name__)
+                sub.add_argument(
+                    *flags,
+                    default=f.default,
+                    help=text,
+                    type=type(f.default),
+                    metavar=type(f.default).__name__,
+                )
     return top
 
 
@@ -1410,6 +1494,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

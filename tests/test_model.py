@@ -1,0 +1,732 @@
+"""The encoder against transformers, checkpoints in and out, pruning, labels and tokenizer."""
+
+import json
+import logging
+import os
+import random
+import struct
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import glue
+import microbert
+from microbert import (
+    Bert,
+    BertConfig,
+    layer_map,
+    load_bert,
+    match_labels,
+    prune,
+    read_safetensors,
+    save_bert,
+    write_safetensors,
+)
+
+TINY = BertConfig(
+    vocab_size=30, hidden_size=16, num_hidden_layers=3, num_attention_heads=4,
+    intermediate_size=24, max_position_embeddings=12, labels=("no", "maybe", "yes"),
+)  # fmt: skip
+IDS = torch.tensor([[2, 7, 9, 11, 3], [2, 29, 5, 8, 3]])
+
+
+def tiny(**changes):
+    """A BERT in which no two tensors are alike, biases and norms included."""
+    torch.manual_seed(0)
+    model = Bert(replace(TINY, **changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5)
+    return model
+
+
+def exactly(got, expected):
+    """Equal bit for bit, in dtype and shape."""
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def close(got, expected, tolerance=1e-5):
+    """Equal up to rounding."""
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint of tiny()."""
+    save_bert(tiny(), tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+def edit(folder, **keys):
+    """Changes keys of config.json."""
+    stored = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(stored | keys))
+
+
+def repack(folder, tensors):
+    """Puts these tensors, of any dtype, in pytorch_model.bin in place of model.safetensors."""
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    torch.save(tensors, folder / "pytorch_model.bin")
+
+
+# --- the encoder ---------------------------------------------------------------------------------
+
+MASKS = {
+    "none": lambda n: None,
+    "right padding": lambda n: torch.arange(n) < max(1, n // 2),
+    "left padding": lambda n: torch.arange(n) >= n // 2,
+    "holes": lambda n: torch.arange(n) % 3 != 1,
+}
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3], ids="{} labels".format)
+def pair(request, tmp_path_factory):
+    """A random BERT of transformers, and ours loaded from what it saved."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(request.param)
+    config = transformers.BertConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=24, max_position_embeddings=512, num_labels=request.param,
+    )  # fmt: skip
+    config._attn_implementation = "eager"
+    theirs = transformers.BertForSequenceClassification(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(std=0.5)
+    path = tmp_path_factory.mktemp("theirs")
+    theirs.save_pretrained(path)
+    return theirs, load_bert(path)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("length", [1, 7, 512])
+def test_equals_transformers(pair, kind, length):
+    """Catches any step of the encoder or the loader that is not BERT's, at any length or mask."""
+    theirs, ours = pair
+    ids = torch.randint(30, (2, length))
+    row = MASKS[kind](length)
+    mask = None if row is None else torch.stack([torch.ones_like(row), row]).long()
+    for types in (None, torch.randint(2, (2, length))):
+        with torch.no_grad():
+            expected = theirs(ids, mask, types, output_hidden_states=True)
+            got = ours(ids, mask, types)
+        close(got.logits, expected.logits)
+        close(got.hidden_states, expected.hidden_states)
+
+
+def test_golden_numbers(tmp_path):
+    """Catches a changed encoder or name table where transformers is not installed to tell.
+
+    Weights are sines, told apart by the place of their Hugging Face name in the alphabet; the
+    numbers are transformers' own (5.23).
+    """
+    save_bert(Bert(replace(TINY, num_hidden_layers=2)), tmp_path)
+    shapes = read_safetensors(tmp_path / "model.safetensors")
+    filled = {}
+    for place, name in enumerate(sorted(shapes), start=1):
+        steps = torch.arange(1, shapes[name].numel() + 1, dtype=torch.float64)
+        filled[name] = torch.sin(steps * place).view(shapes[name].shape)
+    write_safetensors(tmp_path / "model.safetensors", filled)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    types = torch.tensor([[0, 0, 0, 1, 1], [0, 1, 1, 0, 0]])
+    close(load_bert(tmp_path)(IDS, mask, types).logits, torch.tensor(GOLDEN))
+
+
+GOLDEN = [[0.4262059, 0.0126358, -0.7699906], [-0.0185470, 1.1985504, -2.2922989]]
+
+
+def test_padding_changes_nothing():
+    """Catches a mask that is ignored, inverted, or applied to queries."""
+    model = tiny()
+    alone = model(IDS)
+    mask = F.pad(torch.ones_like(IDS), (0, 5))
+    for filler in (0, 17):  # nor does it matter what stands in the padding
+        padded = model(F.pad(IDS, (0, 5), value=filler), mask)
+        close(padded.logits, alone.logits)
+        close([h[:, :5] for h in padded.hidden_states], list(alone.hidden_states))
+    close(model(IDS, torch.ones_like(IDS)).logits, alone.logits)
+
+
+def test_masked_tokens_are_never_seen():
+    """Catches attention to a masked position in the middle, in any layer or head."""
+    model, mask = tiny(), torch.tensor([[1, 0, 1, 1, 0], [1, 1, 0, 0, 1]])
+    first, second = (model(torch.where(mask.bool(), IDS, n), mask).hidden_states for n in (1, 13))
+    for one, other in zip(first[1:], second[1:], strict=True):
+        close(one[mask.bool()], other[mask.bool()])
+        assert (one - other)[~mask.bool()].abs().min() > 0  # the change was a change
+
+
+@pytest.mark.parametrize("kind", ["hidden", "attention_probs", "classifier"])
+def test_dropout_only_in_training(kind):
+    """Catches a dropout that is missing, on in eval mode, or reads another key of the config."""
+    off = {
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "classifier_dropout": 0.0,
+    }
+    model = tiny(**off | {kind + "_dropout" + "_prob" * (kind != "classifier"): 0.5})
+    exactly(model(IDS).logits, model(IDS).logits)
+    model.train()
+    one, other = model(IDS), model(IDS)
+    assert (one.logits != other.logits).any()
+    pairs = zip(one.hidden_states, other.hidden_states, strict=True)
+    changed = [not torch.equal(*pair) for pair in pairs]
+    first = {"hidden": 0, "attention_probs": 1, "classifier": 4}[kind]
+    assert changed == [layer >= first for layer in range(4)]
+
+
+@pytest.mark.parametrize("silenced", ["attention_output", "output"])
+def test_both_halves_of_a_layer_drop(silenced):
+    """Catches a layer whose attention or feed-forward part goes without its dropout."""
+    layer = tiny(attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.5).layers[0].train()
+    torch.nn.init.zeros_(getattr(layer, silenced).weight)
+    torch.nn.init.zeros_(getattr(layer, silenced).bias)
+    hidden = torch.randn(2, 5, 16)
+    assert not torch.equal(layer(hidden, None), layer(hidden, None))
+
+
+def test_classifier_dropout_defaults_to_hidden():
+    """Catches None read as no dropout, and a 0 read as None."""
+    assert tiny(hidden_dropout_prob=0.3).head_dropout.p == 0.3
+    assert tiny(hidden_dropout_prob=0.3, classifier_dropout=0.0).head_dropout.p == 0.0
+
+
+def test_too_many_tokens():
+    """Catches a text beyond the positions that is cut in silence or dies as an IndexError."""
+    assert tiny()(torch.ones(1, 12, dtype=torch.long)).logits.shape == (1, 3)
+    with pytest.raises(ValueError, match="13 tokens.* 12 positions"):
+        tiny()(torch.ones(1, 13, dtype=torch.long))
+
+
+# --- checkpoints in ------------------------------------------------------------------------------
+
+
+def old_names(tensors, prefix=""):
+    """As the first BERT checkpoints were published, the pre-training heads on top."""
+    plain = {name.removeprefix("bert."): tensor for name, tensor in tensors.items()}
+    for now, then in (("weight", "gamma"), ("bias", "beta")):
+        plain = {k.replace(f"LayerNorm.{now}", f"LayerNorm.{then}"): t for k, t in plain.items()}
+    renamed = {k if "classifier" in k else prefix + k: t for k, t in plain.items()}
+    return renamed | {"cls.predictions.bias": torch.ones(30), "cls.seq_relationship.bias": IDS}
+
+
+DIALECTS = {
+    "as saved": dict,
+    "old names": old_names,
+    "old names, prefixed": lambda tensors: old_names(tensors, "bert."),
+    "position ids": lambda t: t | {"bert.embeddings.position_ids": torch.arange(12)[None]},
+    "fp16": lambda t: {name: tensor.half() for name, tensor in t.items()},
+    "bf16": lambda t: {name: tensor.bfloat16() for name, tensor in t.items()},
+}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_dialects_of_checkpoints(folder, dialect, recwarn):
+    """Catches a name left untranslated, a harmless extra refused, weights not made fp32."""
+    stored = DIALECTS[dialect](read_safetensors(folder / "model.safetensors"))
+    repack(folder, stored)
+    model, state = load_bert(folder), tiny().state_dict()
+    dtype = {"fp16": torch.half, "bf16": torch.bfloat16}.get(dialect, torch.float)
+    exactly(dict(model.state_dict()), {name: t.to(dtype).float() for name, t in state.items()})
+    assert not model.training and model.fresh == () and not recwarn.list
+
+
+@pytest.mark.parametrize("parts", [("classifier",), ("pooler",), ("pooler", "classifier")])
+def test_missing_heads_are_drawn(folder, parts):
+    """Catches an untrained head passed off as a trained one."""
+    stored = read_safetensors(folder / "model.safetensors")
+    repack(folder, {k: t for k, t in stored.items() if not any(part in k for part in parts)})
+    with pytest.warns(UserWarning, match=" and ".join(parts)):
+        model = load_bert(folder)
+    assert model.fresh == parts
+    exactly(dict(model.layers.state_dict()), dict(tiny().layers.state_dict()))
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["had one", "had none"])
+def test_labels_replace_the_classifier(folder, stored, recwarn):
+    """Catches labels= that keep the old classifier, its shape or its names, or warn needlessly."""
+    tensors = read_safetensors(folder / "model.safetensors")
+    repack(folder, {k: t for k, t in tensors.items() if stored or "classifier" not in k})
+    model = load_bert(folder, labels=("a", "b", "c"))
+    assert model.fresh == ("classifier",) and model.config.labels == ("a", "b", "c")
+    assert (model.classifier.weight != tiny().classifier.weight).all()
+    assert load_bert(folder, labels=("score",))(IDS).logits.shape == (2, 1)
+    exactly(model.pooler.weight, tiny().pooler.weight)
+    assert not recwarn.list
+
+
+def test_every_misfit_is_named(folder):
+    """Catches a bad tensor that is skipped, or an error that names only the first one."""
+    stored = read_safetensors(folder / "model.safetensors")
+    del stored["bert.encoder.layer.1.attention.self.key.bias"]
+    stored["bert.encoder.layer.3.output.dense.bias"] = torch.zeros(16)
+    stored["bert.embeddings.word_embeddings.weight"] = torch.zeros(31, 16)
+    stored["bert.pooler.dense.bias"] = torch.zeros(16, dtype=torch.int64)
+    repack(folder, stored)
+    with pytest.raises(ValueError) as error:
+        load_bert(folder)
+    for part in ("pytorch_model.bin", "lacks 1 of", "layer.1.attention.self.key.bias", "int64",
+                 "layer.3.output.dense.bias", "word_embeddings.weight", "(31, 16)", "(30, 16)",
+                 "pooler.dense.bias"):  # fmt: skip
+        assert part in str(error.value)
+
+
+def test_doubtful_tensors_are_refused(folder):
+    """Catches two candidates for one tensor, and a head of which half would be drawn at random."""
+    stored = read_safetensors(folder / "model.safetensors")
+    repack(folder, stored | {"embeddings.LayerNorm.gamma": torch.zeros(16)})
+    with pytest.raises(ValueError, match="bert.embeddings.LayerNorm.weight' twice"):
+        load_bert(folder)
+    del stored["bert.pooler.dense.bias"]
+    repack(folder, stored)
+    with pytest.raises(ValueError, match="lacks.*pooler.dense.bias"):
+        load_bert(folder)
+
+
+def test_missing_files(folder):
+    """Catches a missing file reported as anything else, or without its name."""
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="model.safetensors"):
+        load_bert(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        load_bert(folder)
+
+
+class Payload:
+    """Pickles as a call that creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_pickled_code_is_not_run(folder, tmp_path):
+    """Catches pytorch_model.bin read with weights_only=False."""
+    repack(folder, {"bert.pooler.dense.bias": Payload(tmp_path / "ran")})
+    with pytest.raises(ValueError, match="pytorch_model.bin: not a file of plain tensors"):
+        load_bert(folder)
+    assert not (tmp_path / "ran").exists()
+    torch.load(folder / "pytorch_model.bin", weights_only=False)
+    assert (tmp_path / "ran").exists()  # it would have
+
+
+NO_DICTS = {
+    "list": [torch.ones(2)], "tensor": torch.ones(2), "number": 3, "numbered": {3: torch.ones(2)},
+    "list inside": {"classifier.bias": [1.0, 2.0, 3.0]}, "None inside": {"classifier.bias": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NO_DICTS)
+def test_pickle_of_something_else(folder, kind):
+    """Catches an AttributeError where pytorch_model.bin is no dict of names and tensors."""
+    repack(folder, NO_DICTS[kind])
+    with pytest.raises(ValueError, match="pytorch_model.bin"):
+        load_bert(folder)
+
+
+def test_broken_pickle(folder):
+    """Catches whatever else torch.load raises for a file that is no pickle."""
+    repack(folder, {})
+    for content in (b"", b"PK\3\4", b"garbage", (folder / "pytorch_model.bin").read_bytes()[:-40]):
+        (folder / "pytorch_model.bin").write_bytes(content)
+        with pytest.raises(ValueError, match="pytorch_model.bin"):
+            load_bert(folder)
+
+
+NAN = float("nan")
+UNFIT = [
+    ("model_type", "roberta"), ("position_embedding_type", "relative_key"), ("is_decoder", True),
+    ("add_cross_attention", True), ("hidden_act", "relu"), ("hidden_act", ["gelu"]),
+    ("hidden_size", "16"), ("hidden_size", 16.0), ("hidden_size", None), ("hidden_size", 18),
+    ("hidden_size", 0), ("hidden_size", -16), ("num_attention_heads", 0),
+    ("num_attention_heads", -1), ("num_hidden_layers", 0), ("num_hidden_layers", True),
+    ("num_hidden_layers", 2**24),
+    ("type_vocab_size", 0), ("vocab_size", 2**24 + 1), ("vocab_size", 10**400),
+    ("pad_token_id", -1), ("hidden_dropout_prob", "0.1"), ("hidden_dropout_prob", 2.0),
+    ("classifier_dropout", []), ("classifier_dropout", True), ("layer_norm_eps", "small"),
+    ("layer_norm_eps", None), ("layer_norm_eps", NAN), ("initializer_range", -1.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key, value", UNFIT, ids=lambda x: str(x)[:24])
+def test_unfit_configs_name_the_key(folder, key, value, monkeypatch):
+    """Catches another architecture loaded as BERT, and a bad value that dies deep in torch."""
+    monkeypatch.delattr(microbert, "Bert")  # config.json alone must settle it
+    edit(folder, **{key: value})
+    with pytest.raises(ValueError, match=f"config.json: {key}"):
+        load_bert(folder)
+
+
+IDS_OF_LABELS = [{"0": "a", "2": "b"}, {"1": "a", "2": "b"}, {"-1": "a", "0": "b"}, {"zero": "a"},
+                 {"0.0": "a"}, ["a", "b"], 3, "01"]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", IDS_OF_LABELS, ids=str)
+def test_unfit_id2label(folder, value):
+    """Catches class names whose ids are not 0, 1, ... and that would shift the others."""
+    edit(folder, id2label=value)
+    with pytest.raises(ValueError, match="config.json: "):
+        load_bert(folder)
+
+
+@pytest.mark.parametrize("value", ["two", 0, -1, 2.5, 10**9])
+def test_unfit_num_labels(folder, value, monkeypatch):
+    """Catches num_labels believed unchecked: a TypeError, no classes, or the memory of 10**9."""
+
+    def bounded(count, *more):
+        assert not isinstance(count, int) or count < 10**6, "would fill the memory"
+        return range(count, *more)
+
+    monkeypatch.setattr(microbert, "range", bounded, raising=False)
+    edit(folder, id2label=None, num_labels=value)
+    with pytest.raises(ValueError, match="config.json: "):
+        load_bert(folder)
+
+
+def test_unnamed_labels(folder):
+    """Catches ids sorted as text (10 before 2), and a default other than Hugging Face's."""
+    many = {str(i): f"name {i}" for i in reversed(range(11))}
+    edit(folder, id2label=many)
+    assert BertConfig.load(folder / "config.json").labels == tuple(f"name {i}" for i in range(11))
+    edit(folder, id2label=None, num_labels=3)
+    assert BertConfig.load(folder / "config.json").labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+    (folder / "config.json").write_text("{}")
+    assert BertConfig.load(folder / "config.json") == BertConfig()
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe\xff", b"[" * 100_000])
+def test_broken_config_files(folder, text):
+    """Catches a config.json that is no JSON object and is not refused as such."""
+    (folder / "config.json").write_bytes(text)
+    with pytest.raises(ValueError, match="config.json"):
+        load_bert(folder)
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "intermediate_size", "max_position_embeddings"])
+def test_absurd_sizes_take_no_memory(folder, key):
+    """Catches a model built as big as config.json says, 64 TiB here, before the file is read."""
+    edit(folder, hidden_size=2**20, **{key: 2**24})
+    with pytest.raises(ValueError, match="config.json says"):
+        load_bert(folder)
+
+
+# --- safetensors ---------------------------------------------------------------------------------
+
+
+def sample():
+    """Tensors of every kind that a checkpoint may hold."""
+    numbers = torch.arange(-3.0, 3).view(2, 3)
+    kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32)
+    found = {str(kind): (numbers * 1.1).to(kind) for kind in kinds}
+    found |= {"bytes": torch.arange(5, dtype=torch.uint8), "flags": numbers > 0}
+    return found | {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4), "ünïcode": numbers.mT}
+
+
+def test_reads_what_the_library_writes(tmp_path):
+    """Catches a misread dtype, shape, offset or byte order, in files we did not write."""
+    library = pytest.importorskip("safetensors.torch")
+    tensors = {name: t.contiguous() for name, t in sample().items()}
+    library.save_file(tensors, tmp_path / "x", metadata={"format": "pt"})
+    exactly(read_safetensors(tmp_path / "x"), tensors)
+    library.save_file({}, tmp_path / "x")
+    assert read_safetensors(tmp_path / "x") == {}
+
+
+def test_library_reads_what_we_write(tmp_path):
+    """Catches a file that only our own reader understands."""
+    library = pytest.importorskip("safetensors.torch")
+    write_safetensors(tmp_path / "x", sample())
+    exactly(library.load_file(tmp_path / "x"), {k: t.float() for k, t in sample().items()})
+    exactly(read_safetensors(tmp_path / "x"), {k: t.float() for k, t in sample().items()})
+    for name in ("a", "ab"):  # the data starts at a multiple of 8 whatever the header holds
+        write_safetensors(tmp_path / "x", {name: torch.ones(2)})
+        assert struct.unpack("<Q", (tmp_path / "x").read_bytes()[:8])[0] % 8 == 0
+
+
+def pack(header, data=b"", size=None):
+    """A safetensors file of this header, JSON unless given as bytes."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if size is None else size) + text + data
+
+
+def entry(start, stop, shape=None, dtype="F32"):
+    """A tensor's entry in the header, one axis unless told otherwise."""
+    shape = [(stop - start) // 4] if shape is None else shape
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+
+EIGHT = bytes(8)
+ONE, TWO = (json.dumps(entry(0, 4 * n)).encode() for n in (1, 2))
+HOSTILE = {
+    "empty file": b"", "size alone": struct.pack("<Q", 2), "giant size": pack({}, size=2**64 - 1),
+    "size beyond the file": pack({}, size=3), "no header": pack(b""), "not JSON": pack(b"{]"),
+    "not text": pack(b"\xff\xfe\xff"), "a list": pack([]), "null": pack(b"null"),
+    "deep": pack(b"[" * 100_000), "deep inside": pack(b'{"a":' * 100_000),
+    "name twice": pack(b'{"a":' + TWO + b',"a":' + TWO + b"}", EIGHT),
+    "key twice": pack(b'{"a":' + ONE[:-1] + b"," + TWO[1:] + b"}", EIGHT),
+    "overlap": pack({"a": entry(0, 8), "b": entry(4, 8)}, EIGHT),
+    "same range": pack({"a": entry(0, 8), "b": entry(0, 8)}, EIGHT),
+    "gap": pack({"a": entry(0, 4), "b": entry(8, 12)}, bytes(12)),
+    "gap at the start": pack({"a": entry(4, 8)}, EIGHT),
+    "trailing bytes": pack({"a": entry(0, 4)}, EIGHT), "no tensor": pack({}, EIGHT),
+}  # fmt: skip
+ENTRIES = {  # each alone, before eight bytes of data
+    "beyond the end": entry(0, 12), "far beyond": entry(0, 2**62), "backwards": entry(8, 0),
+    "negative start": entry(-8, 0), "negative shape": entry(0, 8, [-1, -2]),
+    "float offset": entry(0, 8.0, [2]), "bool offset": entry(False, 8, [2]),
+    "float shape": entry(0, 8, [2.0]), "bool shape": entry(0, 8, [2, True]),
+    "shape too small": entry(0, 8, [1]), "shape too big": entry(0, 8, [2**40]),
+    "shape a number": entry(0, 8, 2), "shape a text": entry(0, 8, "", "F64"),
+    "shape an object": entry(0, 8, {}, "F64"), "no shape": {"dtype": "F32", "data_offsets": [0, 8]},
+    "unknown dtype": entry(0, 8, [2], "F33"), "dtype a list": entry(0, 8, [2], ["F32"]),
+    "three offsets": entry(0, 8) | {"data_offsets": [0, 4, 8]},
+    "offsets a text": entry(0, 8) | {"data_offsets": "08"}, "a list for all": [0, 8], "a number": 8,
+}  # fmt: skip
+HOSTILE |= {f"entry: {kind}": pack({"a": ENTRIES[kind]}, EIGHT) for kind in ENTRIES}
+for axes in ([0, 2**70], [2**62, 2**62, 0]):  # no bytes at all, and yet beyond every integer
+    HOSTILE[f"empty {axes}"] = pack({"a": entry(0, 0, axes)})
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_safetensors(tmp_path, kind):
+    """Catches a lie in the header that is believed, or that raises anything but ValueError."""
+    (tmp_path / "x").write_bytes(HOSTILE[kind])
+    with pytest.raises(ValueError, match="x: "):
+        read_safetensors(tmp_path / "x")
+
+
+def test_damaged_safetensors(tmp_path):
+    """Catches a file cut short anywhere that loads, and damage that raises anything else."""
+    path, rng = tmp_path / "x", random.Random(0)
+    write_safetensors(path, {"a": torch.ones(2, 3), "b": torch.ones(()), "c": torch.ones(0, 2)})
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError):
+            read_safetensors(path)
+    loaded = 0
+    for _ in range(600):
+        damaged = bytearray(whole)
+        for _ in range(rng.randint(1, 3)):
+            damaged[rng.randrange(len(whole))] = rng.choice(b'09-.,:[]{}"\0\xff \x7f')
+        path.write_bytes(damaged)
+        try:
+            loaded += bool(read_safetensors(path))
+        except ValueError:
+            pass
+    assert 0 < loaded < 600
+
+
+# --- checkpoints out -----------------------------------------------------------------------------
+
+
+def test_round_trip(folder):
+    """Catches a tensor or a config key that is lost, swapped or rounded on the way to disk."""
+    model = load_bert(folder)
+    exactly(dict(model.state_dict()), dict(tiny().state_dict()))
+    assert model.config == TINY and model.fresh == ()
+    exactly(model(IDS).logits, tiny()(IDS).logits)
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_failed_save_keeps_the_old_file(folder, monkeypatch):
+    """Catches a checkpoint written in place, which a crash would leave half new."""
+
+    def crash(*_):
+        raise OSError("disk full")
+
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(OSError, match="disk full"):
+        save_bert(Bert(TINY), folder)
+    assert {name: (folder / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize("labels", [("score",), ("bad", "good"), ("no", "maybe", "yes")])
+def test_transformers_loads_ours(tmp_path, labels, caplog, recwarn):
+    """Catches a file that Hugging Face users load with a warning, a fresh tensor or other names."""
+    transformers = pytest.importorskip("transformers")
+    model = tiny(labels=labels)
+    save_bert(model, tmp_path)
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        theirs, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+            tmp_path, output_loading_info=True
+        )
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not any(report.values()) and not recwarn.list and not caplog.records
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    close(theirs(IDS, mask).logits, model(IDS, mask).logits, 1e-6)
+    assert theirs.config.id2label == dict(enumerate(labels))
+    assert theirs.config.label2id == {name: i for i, name in enumerate(labels)}
+    kind = "regression" if len(labels) == 1 else "single_label_classification"
+    assert theirs.config.problem_type == kind
+    assert theirs.config.architectures == ["BertForSequenceClassification"]
+
+
+# --- pruning -------------------------------------------------------------------------------------
+
+
+def test_layer_map():
+    """t(m) = ceil(m L / M): 12 -> 5 is ceil(2.4, 4.8, 7.2, 9.6, 12). Catches floor and round."""
+    assert layer_map(6, 3) == (2, 4, 6)
+    assert layer_map(12, 5) == (3, 5, 8, 10, 12)
+    assert layer_map(12, 1) == (12,)
+    assert layer_map(4, 4) == (1, 2, 3, 4)
+    for student in (0, -1, 5):
+        with pytest.raises(ValueError, match="of a teacher with 4"):
+            layer_map(4, student)
+
+
+def test_prune_keeps_the_right_tensors():
+    """Catches a layer off by one, and a part (embeddings, pooler, classifier) drawn anew."""
+    teacher = tiny(num_hidden_layers=4)
+    student = prune(teacher, (2, 4))
+    assert student.config == replace(teacher.config, num_hidden_layers=2)
+    expected = {name: t for name, t in teacher.state_dict().items() if "layers." not in name}
+    for mine, theirs in ((0, 1), (1, 3)):
+        for name, tensor in teacher.layers[theirs].state_dict().items():
+            expected[f"layers.{mine}.{name}"] = tensor
+    exactly(dict(student.state_dict()), expected)
+    exactly(prune(teacher, (1, 2, 3, 4)).eval()(IDS).logits, teacher(IDS).logits)
+
+
+def test_student_shares_no_memory():
+    """Catches a student whose training moves its teacher."""
+    teacher = tiny()
+    student = prune(teacher, (1, 3))
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.fill_(7)
+    exactly(dict(teacher.state_dict()), dict(tiny().state_dict()))
+
+
+@pytest.mark.parametrize("keep", [(), (0, 1), (1, 4), (2, 1), (1, 1), (-1,)])
+def test_bad_keep_lists(keep):
+    """Catches a layer counted from 0, beyond the last, twice or out of order."""
+    with pytest.raises(ValueError, match="rising numbers from 1 to 3"):
+        prune(tiny(), keep)
+
+
+# --- labels and tokenizer ------------------------------------------------------------------------
+
+MNLI = glue.TASKS["MNLI"]  # entailment, neutral, contradiction
+
+
+MATCHING = [
+    ("MNLI", ("CONTRADICTION", "Entailment", "neutral"), (1, 2, 0)),
+    ("MNLI", ("entailment", "neutral", "contradiction"), (0, 1, 2)),
+    ("MNLI", ("LABEL_0", "LABEL_1", "LABEL_2"), (0, 1, 2)), ("SST-2", ("1", "0"), (1, 0)),
+    ("RTE", ("Not-Entailment", "entailment"), (1, 0)),
+    ("MRPC", ("Equivalent", "not equivalent"), (1, 0)),
+    ("STS-B", ("LABEL_0",), (0,)), ("STS-B", ("similarity",), (0,)),
+]  # fmt: skip
+OTHERS = [
+    ("MNLI", ("entailment", "neutral", "other")), ("MNLI", ("entailment", "not_entailment")),
+    ("MNLI", ("LABEL_0", "LABEL_1")), ("MNLI", ("LABEL_1", "LABEL_0", "LABEL_2")),
+    ("MNLI", ("neutral", "neutral", "entailment")), ("STS-B", ("no", "yes")),
+    ("SST-2", ("score",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("task, names, order", MATCHING)
+def test_labels_are_matched_by_name(task, names, order):
+    """Catches a teacher whose classes stand in another order and are taken by position."""
+    task, model = glue.TASKS[task], tiny(labels=names)
+    before = model(IDS).logits
+    matched = match_labels(model, task, "here")
+    assert matched.config.labels == (task.labels or ("score",))
+    close(matched(IDS).logits, before[:, list(order)])
+
+
+@pytest.mark.parametrize("task, names", OTHERS)
+def test_other_labels_are_refused(task, names):
+    """Catches a teacher of another task, and an error that does not show both lists."""
+    task = glue.TASKS[task]
+    with pytest.raises(ValueError) as error:
+        match_labels(tiny(labels=names), task, "here")
+    assert ", ".join(names) in str(error.value)
+    assert ", ".join(task.labels or ("score",)) in str(error.value)
+
+
+def test_untrained_classifier_is_no_teacher(folder):
+    """Catches a teacher with a classifier drawn at random."""
+    with pytest.raises(ValueError, match="no trained classifier"):
+        match_labels(load_bert(folder, labels=MNLI.labels), MNLI, folder)
+
+
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] the cafe cat sat ##s un ##want ##ed , ! 猫 a b c".split()
+
+
+@pytest.fixture(params=[True, False], ids=["uncased", "cased"])
+def vocabulary(request, tmp_path):
+    """A folder with the tokenizer files of a BERT."""
+    path = tmp_path / "tokenizer"
+    path.mkdir()
+    (path / "vocab.txt").write_text("".join(f"{word}\n" for word in WORDS), encoding="utf-8")
+    options = {"tokenizer_class": "BertTokenizer", "do_lower_case": request.param}
+    (path / "tokenizer_config.json").write_text(json.dumps(options))
+    return path
+
+
+def test_transformers_loads_the_tokenizer(vocabulary, tmp_path):
+    """Catches tokenizer files not copied, and a tokenizer that cuts otherwise than BERT's."""
+    transformers = pytest.importorskip("transformers")
+    save_bert(tiny(), tmp_path / "out", tokenizer_from=vocabulary)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    ours = data.load_tokenizer(vocabulary)
+    for text in ("The CAFÉ cats,unwanted!", "猫猫 dog [MASK] a\tb", "", "a " * 30):
+        for pair in ((), ("the cat",)):
+            expected = theirs(text, *pair, truncation=True, max_length=128)
+            assert ours.encode(text, *pair).ids == expected["input_ids"]
+            assert ours.encode(text, *pair).type_ids == expected["token_type_ids"]
+
+
+def test_every_tokenizer_file_is_copied(tmp_path):
+    """Catches a checkpoint whose tokenizer is incomplete, or that brings along other files."""
+    names = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"}
+    for name in names | {"optimizer.pt"}:
+        (tmp_path / name).write_text(name)
+    save_bert(tiny(), tmp_path / "out", tokenizer_from=tmp_path)
+    found = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert found.keys() == names | {"config.json", "model.safetensors"}
+    assert all(found[name] == name.encode() for name in names)
+
+
+def test_tokenizer_must_fit_the_model(vocabulary, capsys):
+    """Catches ids without an embedding, and texts longer than the positions."""
+    config = microbert.DistillConfig(max_length=128)
+    fitting = microbert.load_fitting_tokenizer(vocabulary, tiny(vocab_size=len(WORDS)), config)
+    assert (
+        len(fitting.encode("a " * 30).ids) == 12 and "cut at 12 tokens" in capsys.readouterr().err
+    )
+    with pytest.raises(ValueError, match="19 tokens for 18 embeddings"):
+        microbert.load_fitting_tokenizer(vocabulary, tiny(vocab_size=len(WORDS) - 1), config)
+
+
+def test_checkpoint_folder(folder, tmp_path):
+    """Catches a run's --out folder not understood as the checkpoint in it."""
+    assert microbert.checkpoint_folder(str(folder), "bert") == folder
+    assert microbert.checkpoint_folder(str(tmp_path), "bert") == folder
+    assert microbert.checkpoint_folder(str(tmp_path), "student") == tmp_path
+
+
+def test_import_is_silent(root):
+    """Catches an import that prints, seeds, or drags in what the file alone can do without."""
+    code = (
+        "import sys, torch; state = torch.get_rng_state(); import microbert\n"
+        "assert torch.equal(state, torch.get_rng_state())\n"
+        "assert not {'data', 'glue', 'transformers', 'tokenizers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

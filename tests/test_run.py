@@ -1,0 +1,431 @@
+"""Whole runs through the command line, on files of our own: the contract and the guards."""
+
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import glue
+import microbert
+from microbert import Bert, BertConfig, load_bert, main, save_bert
+
+WORDS = "a the cat dog bird fish sat ran ate saw on in mat tree not big small red old".split()
+QUICK = ["--epochs", "1", "--teacher-epochs", "1", "--batch-size", "8", "--device", "cpu",
+         "--transfer", "0.5", "--max-length", "24"]  # fmt: skip
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A folder with an untrained BERT checkpoint and GLUE tasks of random sentences."""
+    rng = random.Random(0)
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert/vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    torch.manual_seed(0)
+    save_bert(Bert(shape()), tmp_path / "bert")
+
+    def text():
+        return " ".join(rng.choice(WORDS) for _ in range(rng.randint(3, 9)))
+
+    def table(path, texts, label, cells, count):
+        """A TSV of random texts with an index and, where there is a label column, these labels."""
+        header = ["index", *[f"sentence{i + 1}" if texts > 1 else "sentence" for i in range(texts)]]
+        lines = ["\t".join(header + ([label] if label else []))]
+        for i in range(count):
+            row = [
+                str(i),
+                *[text() for _ in range(texts)],
+                *([cells[i % len(cells)]] if label else []),
+            ]
+            lines.append("\t".join(row))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    for split, count in (("train", 40), ("dev", 21), ("test", 13)):
+        gold = split != "test"
+        table(tmp_path / f"SST-2/{split}.tsv", 1, gold and "label", "01", count)
+        nli = ["entailment", "not_entailment"]
+        table(tmp_path / f"RTE/{split}.tsv", 2, gold and "label", nli, count)
+        scores = [f"{i}.5" for i in range(5)]
+        table(tmp_path / f"STS-B/{split}.tsv", 2, gold and "score", scores, count)
+    for split, count in (("train", 40), ("dev_matched", 20), ("dev_mismatched", 11),
+                         ("test_matched", 7), ("test_mismatched", 5)):  # fmt: skip
+        label = "" if split.startswith("test") else "gold_label"
+        table(tmp_path / f"MNLI/{split}.tsv", 2, label, glue.TASKS["MNLI"].labels, count)
+    table(tmp_path / "AX/diagnostic.tsv", 2, "", [], 6)
+    return tmp_path
+
+
+def shape(**changes):
+    """The config of the tests' BERT."""
+    tiny = BertConfig(
+        vocab_size=5 + len(WORDS), hidden_size=16, num_hidden_layers=4, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=32,
+    )  # fmt: skip
+    return replace(tiny, **changes)
+
+
+def run(files, *arguments):
+    """main() on the files, with quick settings."""
+    return main([*map(str, arguments), "--data-dir", str(files), "--device", "cpu"])
+
+
+def distil(files, task, *more, out="out"):
+    """A quick run of everything."""
+    return run(
+        files,
+        "--task",
+        task,
+        "--bert",
+        files / "bert",
+        "--out",
+        files / out,
+        *QUICK,
+        "--force",
+        *more,
+    )
+
+
+def refused(capsys, code, *needles):
+    """Exit code 2 and one line on stderr that holds every needle."""
+    error = capsys.readouterr().err
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    for needle in needles:
+        assert str(needle) in error, error
+
+
+# --- the contract --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["SST-2", "STS-B", "MNLI"])
+def test_a_run_leaves_what_the_contract_says(files, task, capsys):
+    """Catches a missing file or key, scores not times 100, terms that do not add up to the loss."""
+    assert distil(files, task, "--layers", "2", "--log-every", "1", "--seed", "3") == 0
+    out, results = files / "out", json.loads((files / "out/results.json").read_text())
+    assert (results["task"], results["seed"]) == (task, 3)
+    for name, layers in (("teacher", 4), ("pruned", 2), ("student", 2)):
+        scores = results[name]
+        assert scores["layers"] == layers and math.isfinite(scores["score"])
+        metrics = [scores[metric] for metric in glue.TASKS[task].metrics]
+        assert scores["score"] == pytest.approx(sum(metrics) / len(metrics))
+        assert (
+            scores["parameters"]
+            == Bert(
+                shape(num_hidden_layers=layers, labels=tuple(results_labels(task)))
+            ).parameter_count()
+        )
+    assert ("dev_mismatched" in results["student"]) == (task == "MNLI")
+    ratio = results["student"]["score"] / results["teacher"]["score"]
+    assert results["retention"] == pytest.approx(ratio)
+    assert {"teacher", "cache", "experts", "pruned", "student"} == set(results["seconds"])
+    assert results["config"]["layers"] == 2 and results["config"]["lr"] == 1e-4
+    assert {"torch", "tokenizers", "numpy", "python", "microbert"} == set(results["versions"])
+    events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps = [event for event in events if "loss" in event]
+    for event in steps:
+        terms = [event[name] for name in ("hard", "soft", "align", "adv") if name in event]
+        assert event["loss"] == pytest.approx(sum(terms))
+    # teacher: 40 / 8 steps; student: 40 and 20 transfer texts, the last batch partial
+    assert [e["phase"] for e in steps] == ["teacher"] * 5 + ["student"] * 8
+    for part in ("teacher", "student"):
+        assert load_bert(out / part).config.labels == tuple(results_labels(task))
+        assert (out / part / "vocab.txt").is_file()
+    assert not (out / "cache.f16").exists() and not list(out.rglob("*.part"))
+    printed = capsys.readouterr().out
+    assert printed.count("[CLS]") == 2 and "of teacher" in printed
+
+
+def results_labels(task):
+    """Label names that a checkpoint of the task has."""
+    return glue.TASKS[task].labels or ("score",)
+
+
+def test_predictions_and_evaluation(files, capsys):
+    """Catches shuffled or missing rows, a wrong spelling, and a score the checkpoint has not."""
+    assert distil(files, "MNLI") == 0
+    results = json.loads((files / "out/results.json").read_text())
+    for task, split, count in (("MNLI", "dev", 20), ("MNLI", "test", 7), ("AX", "test", 6),
+                               ("MNLI", "test_mismatched", 5)):  # fmt: skip
+        where = files / "predictions.tsv"
+        arguments = ("predict", files / "out", "--task", task, "--split", split, "--out", where)
+        assert run(files, *arguments) == 0
+        rows = [line.split("\t") for line in where.read_text().split("\n")[:-1]]
+        assert rows[0] == ["index", "prediction"]
+        assert [row[0] for row in rows[1:]] == [str(i) for i in range(count)]
+        assert {row[1] for row in rows[1:]} <= set(glue.TASKS["MNLI"].labels)
+        if split == "dev":
+            gold = glue.read("MNLI", files, "dev").labels
+            right = [glue.TASKS["MNLI"].labels[g] == row[1] for g, row in zip(gold, rows[1:])]
+            assert 100 * np.mean(right) == pytest.approx(results["student"]["score"])
+    capsys.readouterr()
+    assert run(files, "evaluate", files / "out/student", "--task", "MNLI") == 0
+    printed = capsys.readouterr().out
+    assert f"{results['student']['score']:.2f}" in printed and "dev_mismatched" in printed
+
+
+def test_scores_are_predicted_as_the_server_wants(files, capsys):
+    """Catches class ids for scores, values out of 0..5, and predict without --out."""
+    assert distil(files, "STS-B") == 0
+    capsys.readouterr()
+    assert run(files, "predict", files / "out", "--task", "STS-B", "--split", "test") == 0
+    lines = capsys.readouterr().out.split("\n")
+    assert len(lines) == 15 and lines[0] == "index\tprediction"
+    assert all(re.fullmatch(r"\d+\t[0-5]\.\d{3}", line) for line in lines[1:-1])
+
+
+def test_a_teacher_once_made_is_reused(files, capsys):
+    """Catches a teacher trained again, changed, or not found in the folder of its run."""
+    options = ("--task", "RTE", "--bert", files / "bert", "--out", files / "made")
+    assert (
+        run(files, "finetune", *options, "--epochs", "1", "--lr", "1e-3", "--batch-size", "8") == 0
+    )
+    made = json.loads((files / "made/results.json").read_text())
+    assert made["config"]["teacher_epochs"] == 1 and made["config"]["teacher_lr"] == 1e-3
+    code = run(files, "--task", "RTE", "--teacher", files / "made", "--out", files / "out", *QUICK,
+               "--force", "--keep-layers", "1,4", "--no-gan", "--no-moe")  # fmt: skip
+    assert code == 0
+    results = json.loads((files / "out/results.json").read_text())
+    assert results["teacher"]["score"] == made["teacher"]["score"]
+    first, second = load_bert(files / "made/teacher"), load_bert(files / "out/teacher")
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name])
+    events = (files / "out/log.jsonl").read_text()
+    assert '"adv"' not in events and '"align"' in events and '"loss"' in events
+
+
+def test_the_teacher_is_no_part_of_the_student(files, monkeypatch):
+    """Catches a teacher inside the student's module tree, or run again in an epoch."""
+    trained, calls = [], []
+    train, forward = microbert.train, Bert.forward
+
+    def watched(model, *arguments, **options):
+        trained.append(model)
+        calls.clear()
+        train(model, *arguments, **options)
+
+    def counted(self, *arguments, **options):
+        calls.append(self)
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(microbert, "train", watched)
+    monkeypatch.setattr(Bert, "forward", counted)
+    distil(files, "SST-2", "--epochs", "3")
+    student = trained[-1]
+    assert sum(isinstance(module, Bert) for module in student.modules()) == 1
+    assert {id(model) for model in calls} == {id(student)}
+
+
+def test_same_seed_same_run(files):
+    """Catches randomness that the seed does not reach."""
+    scores = []
+    for out in ("one", "two"):
+        assert distil(files, "SST-2", "--seed", "5", out=out) == 0
+        scores.append(load_bert(files / out / "student").state_dict())
+    assert all(torch.equal(scores[0][name], scores[1][name]) for name in scores[0])
+
+
+def test_limit_takes_the_first_examples(files, capsys):
+    """Catches a limit that samples, or one that also cuts dev."""
+    assert distil(files, "SST-2", "--limit", "10", "--transfer", "0", "--log-every", "1") == 0
+    events = [json.loads(line) for line in (files / "out/log.jsonl").read_text().splitlines()]
+    assert max(e["steps"] for e in events if "loss" in e) == 2
+    assert {e["n"] for e in events if "n" in e} == {21}
+
+
+def test_transfer_text_leaves_out_dev_and_test(files, capsys):
+    """Catches dev or test sentences of the task that come back from another task's file."""
+    dev = glue.read("SST-2", files, "dev").texts
+    path = files / "RTE/train.tsv"
+    path.write_text(path.read_text() + f"98\t{dev[0].upper()} !\ta cat\tentailment\n")
+    config = microbert.DistillConfig(data_dir=str(files), transfer=50.0)
+    train_texts = glue.read("SST-2", files, "train").texts
+    texts = microbert.gather_transfer(config, glue.TASKS["SST-2"], train_texts)
+    held = {
+        re.sub(r"\W", "", t).lower()
+        for s in ("dev", "test")
+        for t in glue.read("SST-2", files, s).texts
+    }
+    assert texts and not held & {re.sub(r"\W", "", text).lower() for text in texts}
+    assert re.search(r"[1-9]\d* left out", capsys.readouterr().out)
+
+
+# --- guards --------------------------------------------------------------------------------------
+
+
+def test_an_ignorant_teacher_stops_the_run(files, capsys):
+    """Catches a run on a teacher at the majority rate, as in TinyBERT's issue 52."""
+    teacher = Bert(shape(labels=glue.TASKS["SST-2"].labels))
+    torch.nn.init.zeros_(teacher.classifier.weight)
+    save_bert(teacher, files / "dull", tokenizer_from=files / "bert")
+    options = ("--task", "SST-2", "--teacher", files / "dull", "--out", files / "out", *QUICK)
+    refused(capsys, run(files, *options), "52.38", "--force")  # 11 of 21 dev labels are 0
+    assert not (files / "out/student").exists()
+    assert run(files, *options, "--force") == 0
+
+
+def test_labels_in_another_order_are_remapped(files, capsys):
+    """Catches a teacher whose classes are taken by position (TinyBERT's issue 229)."""
+    torch.manual_seed(1)
+    wanted = glue.TASKS["MNLI"].labels
+    other = ("CONTRADICTION", "Entailment", "neutral")
+    teacher = Bert(shape(labels=wanted, initializer_range=0.5))
+    save_bert(teacher, files / "same", tokenizer_from=files / "bert")
+    order = [2, 0, 1]
+    turned = Bert(shape(labels=other))
+    state = dict(teacher.state_dict())
+    for name in ("classifier.weight", "classifier.bias"):
+        state[name] = state[name][order]
+    turned.load_state_dict(state)
+    save_bert(turned, files / "turned", tokenizer_from=files / "bert")
+    written = []
+    for name in ("same", "turned"):
+        run(files, "predict", files / name, "--task", "MNLI", "--out", files / "p.tsv")
+        written.append((files / "p.tsv").read_text())
+    assert written[0] == written[1] and len(set(written[0].split()[3::2])) > 1
+    distil_out = ("--task", "MNLI", "--teacher", files / "turned", "--out", files / "out", *QUICK)
+    assert run(files, *distil_out, "--force") == 0
+    assert load_bert(files / "out/student").config.labels == wanted
+
+
+def test_labels_of_another_task_are_refused(files, capsys):
+    """Catches a sentiment teacher distilled on RTE."""
+    save_bert(
+        Bert(shape(labels=("negative", "positive"))), files / "t", tokenizer_from=files / "bert"
+    )
+    code = run(files, "--task", "RTE", "--teacher", files / "t", "--out", files / "out")
+    refused(capsys, code, "negative, positive", "entailment, not_entailment")
+
+
+def test_a_random_head_is_not_scored(files, capsys):
+    """Catches google-research/bert issue 1037: metrics of a classifier nobody trained."""
+    path = files / "bert/model.safetensors"
+    tensors = microbert.read_safetensors(path)
+    kept = {name: t for name, t in tensors.items() if not name.startswith("classifier")}
+    microbert.write_safetensors(path, kept)
+    with pytest.warns(UserWarning, match="classifier"):
+        code = run(files, "evaluate", files / "bert", "--task", "RTE")
+    refused(capsys, code, "classifier", "--bert")
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(files, capsys):
+    """Catches an index error in the embedding (TinyBERT's issue 31)."""
+    path = files / "bert/vocab.txt"
+    path.write_text(path.read_text() + "more\nwords\n")
+    refused(capsys, distil(files, "RTE"), "26 tokens", "24 embeddings")
+
+
+def test_a_finished_run_is_kept(files, capsys):
+    """Catches --out overwritten by accident."""
+    assert distil(files, "SST-2") == 0
+    before = {p: p.read_bytes() for p in (files / "out").rglob("*") if p.is_file()}
+    capsys.readouterr()
+    refused(capsys, distil(files, "SST-2"), files / "out", "--overwrite")
+    assert before == {p: p.read_bytes() for p in (files / "out").rglob("*") if p.is_file()}
+    assert distil(files, "SST-2", "--overwrite", "--seed", "1") == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, needles",
+    [
+        (["--task", "RTEE"], ["RTEE", "RTE?"]),
+        (["--task", "AX"], ["AX", "train"]),
+        (["--task", "QQP"], ["QQP/train.tsv", "no such file"]),
+        (["--task", "RTE"], ["--bert"]),
+        (["--task", "RTE", "--bert", "nowhere"], ["nowhere/config.json", "no such file"]),
+        (["--layers", "5"], ["5 student layers", "4"]),
+        (["--keep-layers", "3,1"], ["--keep-layers", "1 to 4"]),
+        (["--keep-layers", "0,2"], ["--keep-layers", "1 to 4"]),
+        (["--keep-layers", "a"], ["--keep-layers", "1,3,5"]),
+        (["--precision", "fp8"], ["--precision", "fp8", "bf16"]),
+        (["--routing", "token"], ["--routing", "sentence"]),
+        (["--device", "tpu"], ["tpu", "cpu"]),
+        (["--batch-size", "0"], ["--batch-size", "at least 1"]),
+        (["--soft-weight", "1.5"], ["--soft-weight", "0 to 1"]),
+        (["--max-length", "2"], ["--max-length", "at least 3"]),
+    ],
+)
+def test_bad_options_end_in_one_line(files, capsys, arguments, needles):
+    """Catches a traceback, and hours of training before a mistake is noticed."""
+    code = main([*arguments, "--data-dir", str(files), "--out", str(files / "out")])
+    refused(capsys, code, *needles)
+    assert not (files / "out/log.jsonl").exists()
+
+
+def test_bad_data_is_noticed_before_training(files, capsys):
+    """Catches a fault in dev that waits until the teacher is trained."""
+    path = files / "RTE/dev.tsv"
+    path.write_text(path.read_text() + "21\tone\ttwo\tmaybe\n")
+    refused(capsys, distil(files, "RTE"), f"{path}:23", "'maybe'", "not_entailment")
+    assert not (files / "out").exists()
+
+
+def test_what_was_there_survives_a_mistake(files, capsys):
+    """Catches --overwrite that gives up a finished run before the new one can start."""
+    assert distil(files, "SST-2") == 0
+    before = {p: p.read_bytes() for p in (files / "out").rglob("*") if p.is_file()}
+    for mistake in (["--layers", "9"], ["--bert", "nowhere"]):
+        capsys.readouterr()
+        refused(capsys, distil(files, "SST-2", "--overwrite", *mistake))
+        assert before == {p: p.read_bytes() for p in (files / "out").rglob("*") if p.is_file()}
+
+
+def test_a_loss_that_is_no_number_ends_the_run(files, capsys):
+    """Catches a run that trains on NaN to its end and saves that."""
+    code = distil(files, "SST-2", "--lr", "1e30", "--clip", "1e30", "--log-every", "1")
+    refused(capsys, code, "step", "the loss is")
+    assert not (files / "out/student").exists()
+
+
+def test_a_task_without_labels_is_not_scored(files, capsys):
+    """Catches metrics against placeholder labels (PKD's issues 9 and 11), or silence."""
+    labels = glue.TASKS["AX"].labels
+    save_bert(Bert(shape(labels=labels)), files / "t", tokenizer_from=files / "bert")
+    code = run(files, "evaluate", files / "t", "--task", "AX", "--max-length", "24")
+    refused(capsys, code, "AX", "predict")
+
+
+def test_help_speaks_of_every_option(capsys):
+    """Catches a field without words, and a flag that --help or the parser lacks."""
+    for command in ("distill", "finetune", "evaluate", "predict"):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        shown = capsys.readouterr().out
+        assert stop.value.code == 0 and "--task" in shown
+        if command == "distill":
+            for field in microbert.DistillConfig.__dataclass_fields__.values():
+                assert field.metadata["help"]
+                flag = "--" + field.name.replace("_", "-")
+                assert flag in shown or field.name in ("checkpoint", "split"), flag
+    with pytest.raises(SystemExit) as stop:
+        main(["--tusk", "toy"])
+    assert stop.value.code == 2
+
+
+# --- the built-in task ---------------------------------------------------------------------------
+
+
+def test_the_built_in_task_shows_the_method(root, tmp_path):
+    """Catches a built-in task that pruning does not hurt, or distillation does not repair."""
+    command = [sys.executable, str(root / "microbert.py"), "--out", "run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    teacher, pruned, student = (results[k]["score"] for k in ("teacher", "pruned", "student"))
+    assert teacher > 90 and pruned < teacher - 10
+    assert student > pruned + 0.7 * (teacher - pruned)
+    assert done.stderr == "" and "of teacher" in done.stdout
+    texts, _ = data.toy_examples("dev")
+    lines = subprocess.run(
+        [sys.executable, str(root / "microbert.py"), "predict", "run"],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    assert len(lines) == len(texts) + 1 and set(line.split("\t")[1] for line in lines[1:]) <= {
+        "negative", "positive"}  # fmt: skip

@@ -201,15 +201,18 @@ def test_alignment_moves_the_student_alone(moe):
 
 
 def test_gate_of_the_alignment_comes_from_the_teacher():
-    """Catches a gate computed from the student, which could then look away."""
+    """Catches a gate computed from the student, which could then look away, or half a gradient."""
     experts = SentenceExperts(2, 16, 4, 2, "sentence").requires_grad_(False)
     nn.init.normal_(experts.router)
-    teacher, student = random_features(), random_features(seed=1)
+    teacher, student = random_features(), random_features(seed=1).requires_grad_()
     gate = experts.gate(teacher)
     distance = ((student - teacher).square().mean(-1) * gate).sum(-1)
     cosine = F.cosine_similarity(experts(student, gate), experts(teacher, gate), dim=-1)
     expected = (distance + 1 - cosine).mean()
-    torch.testing.assert_close(alignment_loss(student, teacher, experts), expected)
+    found = alignment_loss(student, teacher, experts)
+    torch.testing.assert_close(found, expected)
+    gradients = torch.autograd.grad(found, student), torch.autograd.grad(expected, student)
+    torch.testing.assert_close(*gradients)
 
 
 # --- discriminator -------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ class DistillConfig:
     data_dir: str = opt("glue", "folder of the GLUE files, DATA_DIR/TASK/train.tsv and so on")
     bert: str = opt("", "checkpoint folder of a pre-trained BERT, fine-tuned into the teacher")
     teacher: str = opt("", "checkpoint folder of a teacher already fine-tuned, in place of --bert")
-    out: str = opt("", "folder to write [out]; of predict: the file to write [standard output]")
+    out: str = opt("", "folder to write [out]; for predict, file to write [standard output]")
     overwrite: bool = opt(False, "replace the finished run that --out holds")
     force: bool = opt(False, "distil even a teacher that is no better than the majority label")
 
@@ -1464,7 +1464,8 @@ def parser() -> argparse.ArgumentParser:
             flags = ["--" + f.name.replace("_", "-")]
             if command == "finetune" and f.name.startswith("teacher_"):
                 flags.append(flags[0].replace("teacher-", ""))  # its only training: --epochs, --lr
-            text = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
+            default = "" if f.default == "" else f" [{f.default}]"
+            text = (f.metadata["help"] + default).replace("%", "%%")
             if f.name == "checkpoint":
                 sub.add_argument(f.name, help=f.metadata["help"])
             elif isinstance(f.default, bool):

@@ -1026,6 +1026,7 @@ def settle(config: DistillConfig) -> DistillConfig:
         ("warmup", 0 <= config.warmup < 1, "0 to below 1"),
         ("batch_size", config.batch_size > 0, "at least 1"),
         ("log_every", config.log_every > 0, "at least 1"),
+        ("expert_size", config.expert_size > 0, "at least 1"),
         ("max_length", config.max_length > 2, "at least 3"),
         *((name, getattr(config, name) >= 0, "0 or more") for name in
           ("layers", "epochs", "teacher_epochs", "lr", "teacher_lr", "limit", "seed")),

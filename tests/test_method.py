@@ -351,7 +351,7 @@ def objective_of(tmp_path, **options):
     """A teacher's cache of random texts, the objective over it and the student."""
     torch.manual_seed(0)
     teacher, encoded = Bert(TINY), texts()
-    config = DistillConfig(device="cpu", batch_size=8, lr=1e-3, **options)
+    config = DistillConfig(device="cpu", batch_size=9, lr=1e-3, **options)  # 37 = 4 * 9 + 1
     labels = torch.arange(37).remainder(2).float()
     labels[20:] = torch.nan
     cache = teacher_pass(teacher, encoded, labels, (2, 4), config, tmp_path / "cache")
@@ -438,7 +438,7 @@ def test_every_part_moves_the_student(tmp_path):
 
 
 def test_train_shows_every_row_in_every_epoch_and_logs_terms(tmp_path):
-    """Catches a dropped last batch, a schedule that does not end at 0, terms not logged."""
+    """Catches a dropped last batch (of one), a schedule not ending at 0, terms not logged."""
     teacher, student, encoded, objective, config = objective_of(tmp_path, log_every=1)
     seen, log = [], Quiet()
     frozen = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}

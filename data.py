@@ -25,8 +25,10 @@ from tokenizers.implementations import BertWordPieceTokenizer
 from tokenizers.normalizers import BertNormalizer
 from torch import Tensor
 
-__all__ = ["Encoded", "bucketed_batches", "collate", "concatenate", "encode", "load_tokenizer",
-           "sorted_batches", "toy_examples", "toy_vocabulary", "transfer_texts"]  # fmt: skip
+__all__ = [
+    "Encoded", "bucketed_batches", "collate", "concatenate", "encode", "load_tokenizer",
+    "sentences_of", "sorted_batches", "toy_examples", "toy_vocabulary", "transfer_texts",
+]  # fmt: skip
 
 # --- tokenizer -----------------------------------------------------------------------------------
 
@@ -190,18 +192,23 @@ def transfer_texts(
                 text = _perturb_pair(text, own, rng) if pairs else _drop_words(text, rng)
             elif pairs and isinstance(text, str):
                 text = _pair_up(text, sentences, rng)
-            if any(_plain(s) in banned for s in ([text] if isinstance(text, str) else text)):
+            if any(_plain(s) in banned for s in sentences_of([text])):
                 left_out += 1
             else:
                 kept[text] = None
     return list(kept), left_out
 
 
+def sentences_of(texts: Iterable) -> list[str]:
+    """The sentences of texts that are sentences or pairs, in order."""
+    return [s for text in texts for s in ([text] if isinstance(text, str) else text)]
+
+
 def _in_form(source: Sequence, own: Sequence, pairs: bool) -> list:
     """Pairs (for a task of pairs) and sentences of a source, in length between own's extremes."""
     sizes = sorted(map(_word_count, own or source)) or [0]
     low, high = sizes[len(sizes) // 20], sizes[len(sizes) * 19 // 20]
-    sentences = [s for text in source for s in ([text] if isinstance(text, str) else text)]
+    sentences = sentences_of(source)
     texts = [text for text in source if pairs and not isinstance(text, str)]
     texts = [text for text in texts if low <= _word_count(text) <= high]
     if not texts:  # a pair needs two sentences, each of half the length

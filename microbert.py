@@ -1225,7 +1225,7 @@ def gather_transfer(config: DistillConfig, task: "glue.Task", train_texts: list)
                 texts = load_split(config, task, name).texts
             except FileNotFoundError:
                 continue  # test files are optional
-            held_out += [s for text in texts for s in ([text] if isinstance(text, str) else text)]
+            held_out += data.sentences_of(texts)
     for other in glue.TASKS.values() if task.name != "toy" else ():
         path = Path(config.data_dir) / other.name / "train.tsv"
         if other.name != task.name and path.is_file():

@@ -152,8 +152,9 @@ class DistillConfig:
     """Every option of every command: its default, and what --help says of it."""
 
     task: str = opt(
-        "toy", "'toy' (built in, offline) or a GLUE task: CoLA SST-2 MRPC QQP STS-B ..."
+        "toy", "'toy' (built in), a GLUE task (CoLA SST-2 MRPC ...) or a folder of data of your own"
     )
+    regression: bool = opt(False, "the labels of your own data are scores, not classes")
     data_dir: str = opt("glue", "folder of the GLUE files, DATA_DIR/TASK/train.tsv and so on")
     bert: str = opt("", "checkpoint folder of a pre-trained BERT, fine-tuned into the teacher")
     teacher: str = opt("", "checkpoint folder of a teacher already fine-tuned, in place of --bert")
@@ -192,7 +193,7 @@ class DistillConfig:
     precision: str = opt("fp32", "'fp32', or 'bf16' for autocast")
     log_every: int = opt(50, "steps between two lines of the log")
     checkpoint: str = opt("", "checkpoint folder, or the --out of a run, whose student it then is")
-    split: str = opt("dev", "the split to predict, 'dev' or 'test'")
+    split: str = opt("dev", "the split: 'dev', 'test', or for MNLI 'test_mismatched'")
 
 
 # --- encoder -------------------------------------------------------------------------------------
@@ -1038,21 +1039,24 @@ def settle(config: DistillConfig) -> DistillConfig:
     return config
 
 
-def auto_epochs(examples: int, budget: int) -> int:
-    """As many passes as show about `budget` examples, 3 to 10: OURS(9)."""
-    return min(max(round(budget / examples), 3), 10)
+def auto_epochs(examples: int, budget: int, batch_size: int) -> int:
+    """As many passes as show about `budget` examples, 3 to 10, or as make 200 steps: OURS(9)."""
+    steps = math.ceil(examples / batch_size)
+    return max(min(max(round(budget / examples), 3), 10), math.ceil(200 / steps))
 
 
-def find_task(name: str) -> "glue.Task":
-    """A GLUE task, or the built-in one."""
+def find_task(config: DistillConfig, labels: Sequence[str] = ()) -> "glue.Task":
+    """The built-in task, one of GLUE's, or data of your own; labels where that has no train.tsv."""
     import glue
 
-    if name == "toy":
+    if config.task == "toy":
         return glue.Task("toy", ("sentence",), labels=("negative", "positive"))
-    return glue.find_task(name)
+    return glue.find_task(config.task, regression=config.regression, labels=labels)
 
 
-def load_split(config: DistillConfig, task: "glue.Task", split: str) -> "glue.Examples":
+def load_split(
+    config: DistillConfig, task: "glue.Task", split: str, *, with_labels: bool = True
+) -> "glue.Examples":
     """A split's texts and labels; the training split is cut to --limit."""
     import data
     import glue
@@ -1061,7 +1065,7 @@ def load_split(config: DistillConfig, task: "glue.Task", split: str) -> "glue.Ex
         texts, labels = data.toy_examples(split)
         found = glue.Examples(texts, None if split == "test" else labels)
     else:
-        found = glue.read(task, config.data_dir, split)
+        found = glue.read(task, config.data_dir, split, with_labels=with_labels)
     if split == "train" and config.limit:
         return glue.Examples(found.texts[: config.limit], found.labels[: config.limit])
     return found
@@ -1093,9 +1097,9 @@ def match_labels(model: Bert, task: "glue.Task", where: Path) -> Bert:
         model.config = replace(model.config, labels=wanted)
         return model
     plain = [name.lower().replace("-", "_").replace(" ", "_") for name in names]
-    for spelling in (wanted, task.spelling):
-        if sorted(plain) == sorted(spelling):
-            order = torch.tensor([plain.index(name) for name in spelling])
+    for given, spelling in ((names, wanted), (plain, wanted), (plain, task.spelling)):
+        if sorted(given) == sorted(spelling):
+            order = torch.tensor([given.index(name) for name in spelling])
             with torch.no_grad():
                 model.classifier.weight.copy_(model.classifier.weight[order].clone())
                 model.classifier.bias.copy_(model.classifier.bias[order].clone())
@@ -1160,7 +1164,7 @@ def toy_bert(task: "glue.Task", folder: Path) -> Bert:
 def score_model(
     model: Bert, tokenizer: "Tokenizer", task: "glue.Task", config: DistillConfig, log: Log | None
 ) -> dict[str, Any]:
-    """Layers, parameters and dev metrics; MNLI's mismatched ones under their split's name.
+    """Layers, parameters and the metrics of --split; MNLI's mismatched ones under their own name.
 
     In fp32 whatever the training was in: what `evaluate` and `predict` give by default.
     """
@@ -1168,15 +1172,15 @@ def score_model(
     import glue
 
     config = replace(config, precision="fp32") if log else config
-    splits = [name for name in task.splits if name.startswith("dev")]
-    if not splits:
-        raise ValueError(f"{task.name} has no labels to score against; use predict")
+    splits = [name for name in task.splits if f"{name}_".startswith(f"{config.split}_")]
     result: dict[str, Any] = {
         "layers": model.config.num_hidden_layers,
         "parameters": model.parameter_count(),
     }
     for split in splits:
         texts, labels = load_split(config, task, split)
+        if labels is None:
+            raise ValueError(f"{task.name} {split} has no labels to score against; use predict")
         logits = predict_logits(model, data.encode(tokenizer, texts), config)
         metrics = glue.score(task, labels, answers(logits))
         result |= metrics if "score" not in result else {split: metrics}
@@ -1184,7 +1188,30 @@ def score_model(
         print(f"{log.phase if log else 'evaluate'} | {task.name} {split} n={len(texts)} | {line}")
         if log:
             log.write(split=split, n=len(texts), **metrics)
+    if not splits:
+        raise ValueError(f"{task.name} has no split {config.split} to score; use predict")
     return result
+
+
+def score_unit(task: "glue.Task", labels: "numpy.ndarray") -> tuple[float, float]:
+    """Mean and standard deviation of the training scores, the unit they are learnt in: OURS(11).
+
+    Losses weigh alike whatever the scale of the scores. Classes have 0 and 1. Raises ValueError
+    where all scores are the same.
+    """
+    if not task.regression:
+        return 0.0, 1.0
+    center, spread = float(labels.mean()), float(labels.std())
+    if not spread > 0:
+        raise ValueError(f"{task.name}: every training score is {center:g}, nothing to learn")
+    return center, spread
+
+
+@torch.no_grad()
+def rescale(model: Bert, spread: float, center: float) -> None:
+    """Turns the model's score s into spread * s + center, by its classifier."""
+    model.classifier.weight.mul_(spread)
+    model.classifier.bias.mul_(spread).add_(center)
 
 
 def answers(logits: Tensor) -> "numpy.ndarray":
@@ -1222,14 +1249,14 @@ def gather_transfer(config: DistillConfig, task: "glue.Task", train_texts: list)
     for name in task.splits:
         if name != "train":
             try:
-                texts = load_split(config, task, name).texts
+                texts = load_split(config, task, name, with_labels=False).texts
             except FileNotFoundError:
                 continue  # test files are optional
             held_out += data.sentences_of(texts)
     for other in glue.TASKS.values() if task.name != "toy" else ():
         path = Path(config.data_dir) / other.name / "train.tsv"
         if other.name != task.name and path.is_file():
-            others.append(glue.read(other, config.data_dir, "train").texts)
+            others.append(glue.read(other, config.data_dir, "train", with_labels=False).texts)
     chosen = min(4 * len(train_texts), max(0, 100_000 - len(train_texts)))
     if task.name == "toy":
         chosen = len(train_texts)
@@ -1263,8 +1290,9 @@ def keep_layers(config: DistillConfig, teacher_layers: int) -> tuple[int, ...]:
 def make_teacher(
     config: DistillConfig, task: "glue.Task", train_set: "glue.Examples", out: Path, log: Log
 ) -> tuple[Bert, "Tokenizer", "data.Encoded", Tensor]:
-    """The teacher, saved in out/teacher, with its tokenizer and the encoded training set.
+    """The teacher, saved in out/teacher, its tokenizer, the encoded training set and its labels.
 
+    The labels of a score are in its `score_unit`; the teacher speaks in the scores themselves.
     Everything that a user may have got wrong is found before the first step, and only then is
     what an earlier run left in `out` given up.
     """
@@ -1274,13 +1302,15 @@ def make_teacher(
     keep_layers(config, teacher.config.num_hidden_layers)
     tokenizer = load_fitting_tokenizer(folder, teacher, config)
     encoded = data.encode(tokenizer, train_set.texts)
-    labels = torch.tensor(train_set.labels).float()  # (n,)
+    center, spread = score_unit(task, train_set.labels)
+    labels = torch.tensor((train_set.labels - center) / spread).float()  # (n,)
     (out / "results.json").unlink(missing_ok=True)
     write_file(log.path, b"")
     for row in range(min(2, len(encoded))):
         ids = encoded.ids[encoded.offsets[row] : encoded.offsets[row + 1]]
         tokens = " ".join(tokenizer.id_to_token(int(i)) for i in ids)
-        label = task.labels[int(labels[row])] if task.labels else f"{labels[row]:.2f}"
+        label = train_set.labels[row]
+        label = task.labels[label] if task.labels else f"{label:g}"
         print(f"example {row + 1}: {tokens} -> {label}")
     if not config.teacher:
 
@@ -1290,15 +1320,16 @@ def make_teacher(
             return {"hard": hard_loss(output.logits.float(), labels[rows].to(output.logits.device))}
 
         budget = 32_000 if task.name == "toy" else 24_000
-        epochs = config.teacher_epochs or auto_epochs(len(encoded), budget)
+        epochs = config.teacher_epochs or auto_epochs(len(encoded), budget, config.batch_size)
         train(teacher, encoded, objective, config, log, epochs=epochs, lr=config.teacher_lr)
+        rescale(teacher, spread, center)
     save_bert(teacher, out / "teacher", tokenizer_from=folder)
     return teacher, tokenizer, encoded, labels
 
 
 def finetune(config: DistillConfig) -> None:
     """Fine-tunes a BERT on a task and scores it: the teacher, without a student."""
-    out, task = Path(config.out or "out"), find_task(config.task)
+    out, task = Path(config.out or "out"), find_task(config)
     refuse_finished(out, config.overwrite)
     train_set, _ = load_split(config, task, "train"), load_split(config, task, "dev")
     log = Log(out / "log.jsonl")
@@ -1306,14 +1337,14 @@ def finetune(config: DistillConfig) -> None:
         teacher, tokenizer, _, _ = make_teacher(config, task, train_set, out, log)
         scores = score_model(teacher, tokenizer, task, config, log)
     write_results(out, config, task, log, {"teacher": scores})
-    print(f"saved {out / 'teacher'}; distil it: --task {task.name} --teacher {out / 'teacher'}")
+    print(f"saved {out / 'teacher'}; distil it: --task {config.task} --teacher {out / 'teacher'}")
 
 
 def distill(config: DistillConfig) -> None:
     """The whole method: teacher, its one pass, experts, pruning, distillation, scores."""
     import data
 
-    out, task = Path(config.out or "out"), find_task(config.task)
+    out, task = Path(config.out or "out"), find_task(config)
     refuse_finished(out, config.overwrite)
     train_set, dev = load_split(config, task, "train"), load_split(config, task, "dev")
     transfer = gather_transfer(config, task, train_set.texts)
@@ -1326,6 +1357,8 @@ def distill(config: DistillConfig) -> None:
         keep = keep_layers(config, teacher.config.num_hidden_layers)
         encoded = data.concatenate(encoded, data.encode(tokenizer, transfer))
         labels = torch.cat([labels, torch.full((len(transfer),), torch.nan)])
+        center, spread = score_unit(task, train_set.labels)
+        rescale(teacher, 1 / spread, -center / spread)
         cache = teacher_pass(teacher, encoded, labels, keep, config, out / "cache.f16")
     with log.timed("experts"):
         experts = make_experts(cache, config) if config.moe and (config.fal or config.gan) else None
@@ -1334,16 +1367,16 @@ def distill(config: DistillConfig) -> None:
         results["pruned"] = score_model(student, tokenizer, task, config, log)
     with log.timed("student"):
         budget = 20_000 if task.name == "toy" else 100_000
-        epochs = config.epochs or auto_epochs(len(encoded), budget)
+        epochs = config.epochs or auto_epochs(len(encoded), budget, config.batch_size)
         objective = Distillation(cache, experts, config)
         train(student, encoded, objective, config, log, epochs=epochs, lr=config.lr)
+        rescale(student, spread, center)
         results["student"] = score_model(student, tokenizer, task, config, log)
     save_bert(student, out / "student", tokenizer_from=out / "teacher")
     write_results(out, config, task, log, results)
     print_table(results)
-    print(
-        f"next: python microbert.py predict {out} --task {task.name} --data-dir {config.data_dir}"
-    )
+    files = "" if task.folder else f" --data-dir {config.data_dir}"
+    print(f"next: python microbert.py predict {out} --task {config.task}{files}")
     with suppress(OSError):  # a system that keeps mapped files keeps this one
         (out / "cache.f16").unlink()
 
@@ -1404,13 +1437,15 @@ def print_table(results: dict[str, Any]) -> None:
 
 def load_trained(config: DistillConfig) -> tuple[Bert, "Tokenizer", "glue.Task"]:
     """The checkpoint of evaluate and predict, its tokenizer and the task."""
-    task, folder = find_task(config.task), checkpoint_folder(config.checkpoint, "student")
-    model = match_labels(load_bert(folder), task, folder)
+    folder = checkpoint_folder(config.checkpoint, "student")
+    model = load_bert(folder)
+    task = find_task(config, labels=model.config.labels)
+    model = match_labels(model, task, folder)
     return model, load_fitting_tokenizer(folder, model, config), task
 
 
 def evaluate(config: DistillConfig) -> None:
-    """Scores a checkpoint on a task's dev split."""
+    """Scores a checkpoint on a task's dev split, or on --split."""
     model, tokenizer, task = load_trained(config)
     score_model(model, tokenizer, task, config, None)
 
@@ -1421,7 +1456,7 @@ def predict(config: DistillConfig) -> None:
     import glue
 
     model, tokenizer, task = load_trained(config)
-    texts = load_split(config, task, config.split).texts
+    texts = load_split(config, task, config.split, with_labels=False).texts
     logits = predict_logits(model, data.encode(tokenizer, texts), config)
     rows = [f"{i}\t{value}\n" for i, value in enumerate(glue.values(task, answers(logits)))]
     content = "index\tprediction\n" + "".join(rows)
@@ -1443,8 +1478,8 @@ _COMMANDS: dict[str, tuple[Callable[[DistillConfig], None], tuple[str, ...]]] = 
         distill,
         tuple(f.name for f in fields(DistillConfig) if f.name not in ("split", "checkpoint")),
     ),
-    "finetune": (finetune, _DATA + _TRAIN + _RUN),
-    "evaluate": (evaluate, ("checkpoint",) + _DATA + _RUN),
+    "finetune": (finetune, _DATA + ("regression",) + _TRAIN + _RUN),
+    "evaluate": (evaluate, ("checkpoint",) + _DATA + ("split",) + _RUN),
     "predict": (predict, ("checkpoint",) + _DATA + ("split", "out") + _RUN),
 }
 

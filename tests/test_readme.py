@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+import glue
 import microbert
 
 FILES = ("microbert", "data", "glue")
@@ -49,8 +50,44 @@ def test_commands_of_the_readme_are_understood(readme):
         if not words or words[0].startswith("-"):
             words.insert(0, "distill")
         options = vars(microbert.parser().parse_args(words))
-        if options["task"] != "toy":
-            microbert.find_task(options["task"])
+        assert options["task"] in ("toy", "tickets") or glue.find_task(options["task"])
+    commands = [line.removeprefix("python glue.py") for line in lines if "python glue.py" in line]
+    assert len(commands) > 3
+    for command in commands:
+        options = vars(glue.parser().parse_args(shlex.split(command)))
+        assert set(options.get("tasks", [])) <= {"all", *glue.TASKS}
+
+
+def tiny_bert(folder, words):
+    """Saves an untrained checkpoint with a vocabulary."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    shape = microbert.BertConfig(
+        vocab_size=len(words) + 5, hidden_size=8, num_hidden_layers=4, num_attention_heads=2,
+        intermediate_size=8, max_position_embeddings=32,
+    )  # fmt: skip
+    microbert.save_bert(microbert.Bert(shape), folder)
+    (folder / "vocab.txt").write_text("\n".join([*special, *words]) + "\n")
+
+
+def test_data_of_your_own_as_the_readme_shows_it(readme, tmp_path, monkeypatch, capsys):
+    """Catches an example folder that does not work when it is pasted."""
+    blocks = re.findall(r"^```sh\n(.*?)^```$", readme, flags=re.M | re.S)
+    (block,) = [block for block in blocks if "mkdir" in block]
+    monkeypatch.chdir(tmp_path)
+    make = block[: block.index("python")]
+    subprocess.run(["bash", "-euc", make], check=True)
+    words = re.findall(r"\w+", (tmp_path / "tickets/train.tsv").read_text().lower())
+    tiny_bert(tmp_path / "bert", sorted(set(words)))
+    commands = [shlex.split(line)[1:] for line in block.splitlines() if line.startswith("python")]
+    assert [command[0] for command in commands] == ["glue.py", "microbert.py", "microbert.py"]
+    assert glue.main(commands[0][1:]) == 0
+    quick = ["--epochs", "1", "--teacher-epochs", "1", "--force", "--device", "cpu"]
+    assert microbert.main([w.replace("path/to/", "") for w in commands[1][1:]] + quick) == 0
+    capsys.readouterr()
+    assert microbert.main(commands[2][1:]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7 and {line.split("\t")[1] for line in lines[1:]} <= {
+        "billing", "delivery", "repair"}  # fmt: skip
 
 
 def test_modules_are_silent_and_stand_alone(root, tmp_path):
@@ -91,18 +128,23 @@ print(m.alignment_loss(*features, experts).shape)
     assert done.stdout == "torch.Size([])\n", done.stderr
 
 
-def test_python_snippet_of_the_readme_runs(readme, tmp_path, monkeypatch):
-    """Catches a snippet that has fallen behind the code."""
+def test_python_snippets_of_the_readme_run(readme, tmp_path, monkeypatch):
+    """Catches a snippet that has fallen behind the code, or a value beside it that is not so."""
     shape = microbert.BertConfig(
         vocab_size=9, hidden_size=8, num_hidden_layers=3, num_attention_heads=2,
         intermediate_size=8, max_position_embeddings=8,
     )  # fmt: skip
     monkeypatch.chdir(tmp_path)
     microbert.save_bert(microbert.Bert(shape), "runs/MRPC/student")
-    snippet = re.search(r"```python\n(.*?)```", readme, flags=re.S).group(1)
+    (tmp_path / "glue/RTE").mkdir(parents=True)
+    row = "index|sentence1|sentence2|label\n0|first sentence|second sentence|entailment\n"
+    (tmp_path / "glue/RTE/dev.tsv").write_text(row.replace("|", "\t"))
     names = {name: torch.ones(2, 4).long() for name in ("input_ids", "attention_mask")}
     names["token_type_ids"] = torch.zeros(2, 4).long()
-    exec(snippet, names)
+    for snippet in re.findall(r"```python\n(.*?)```", readme, flags=re.S):
+        exec(snippet, names)
+        for expression, value in re.findall(r"^(glue\.\S.*?)  # (.*)$", snippet, flags=re.M):
+            assert eval(expression, names) == eval(value)
     assert names["smaller"].config.num_hidden_layers == 2
 
 

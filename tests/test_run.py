@@ -257,6 +257,103 @@ def test_transfer_text_leaves_out_dev_and_test(files, capsys):
     assert re.search(r"[1-9]\d* left out", capsys.readouterr().out)
 
 
+# --- data of your own ----------------------------------------------------------------------------
+
+
+def own_data(folder, labels, texts=1, counts=(60, 24, 9), columns=("label",)):
+    """A folder whose rows take these labels in turn; the sentence names its label by its words."""
+    rng = random.Random(0)
+    for split, count in zip(("train", "dev", "test"), counts):
+        names = ["sentence"] if texts == 1 else ["sentence2", "sentence1"]
+        lines = ["\t".join([*columns, "other", *names])]
+        for i in range(count):
+            label = labels[i % len(labels)]
+            words = [WORDS[i % len(labels) % len(WORDS)]] * 3 + [rng.choice(WORDS)]
+            cells = [" ".join(words) for _ in names]
+            lines.append("\t".join([label, f"x{i}", *cells]))
+        path = folder / f"{split}.tsv"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("classes, texts", [(2, 1), (3, 2), (200, 1)])
+def test_classes_of_your_own(files, capsys, classes, texts):
+    """Catches a part of the method that takes two or three classes for granted, and lost names."""
+    labels = [f"class {i}" for i in range(classes)]
+    count = max(60, classes)
+    folder = own_data(files / "mine", labels, texts, (count, count, 9))
+    assert distil(files, folder) == 0
+    results = json.loads((files / "out/results.json").read_text())
+    for part in ("teacher", "student"):
+        scores = results[part]
+        assert scores["score"] == pytest.approx((scores["accuracy"] + scores["macro_f1"]) / 2)
+        assert load_bert(files / "out" / part).config.labels == tuple(sorted(labels))
+    # the labels of dev come back through predict, by name, and make the score
+    (folder / "train.tsv").unlink()  # which predict and evaluate do not need
+    where = files / "predictions.tsv"
+    assert run(files, "predict", files / "out", "--task", folder, "--out", where) == 0
+    said = [line.split("\t")[1] for line in where.read_text().splitlines()[1:]]
+    right = [said[i] == labels[i % classes] for i in range(count)]
+    assert 100 * np.mean(right) == pytest.approx(results["student"]["accuracy"])
+    capsys.readouterr()
+    assert run(files, "evaluate", files / "out", "--task", folder, "--split", "test") == 0
+    assert "test n=9" in capsys.readouterr().out
+    refused(capsys, distil(files, folder, out="new"), folder / "train.tsv", "no such file")
+
+
+@pytest.mark.parametrize("center, spread", [(0.0, 1.0), (-5e4, 2000.0), (0.5, 1e-3)])
+def test_scores_of_your_own(files, center, spread):
+    """Catches scores learnt on a scale that only GLUE's 0..5 has, and answers on another scale."""
+    labels = [str(center + spread * (i - 2)) for i in range(5)]
+    folder = own_data(files / "mine", labels)
+    options = ("--regression", "--teacher-epochs", "40", "--epochs", "20", "--teacher-lr", "3e-3")
+    assert distil(files, folder, *options) == 0
+    results = json.loads((files / "out/results.json").read_text())
+    gold = glue.read(glue.own_task(folder, regression=True), "", "dev").labels
+    for part in ("teacher", "student"):
+        assert results[part]["score"] == pytest.approx(
+            (results[part]["pearson"] + results[part]["spearman"]) / 2
+        )
+        where = files / "p.tsv"
+        code = run(files, "predict", files / "out" / part, "--task", folder, "--out", where)
+        assert code == 0
+        said = np.array([float(line.split("\t")[1]) for line in where.read_text().splitlines()[1:]])
+        assert np.abs(said - gold).mean() < 0.5 * spread  # a constant would be 1.2 spreads off
+
+
+def test_constant_scores_are_refused(files, capsys):
+    """Catches a division by a standard deviation of 0."""
+    folder = own_data(files / "mine", ["3"])
+    refused(capsys, distil(files, folder, "--regression"), "every training score is 3")
+
+
+def test_text_is_enough_to_predict(files, capsys):
+    """Catches predict that insists on a label column, or reads the labels of another scheme."""
+    folder = own_data(files / "mine", ["a", "b"])
+    assert distil(files, folder) == 0
+    for name in ("train", "dev"):
+        (folder / f"{name}.tsv").unlink()
+    (folder / "test.tsv").write_text("label\tsentence\n?\tthe cat\n?\ta dog\n")
+    capsys.readouterr()
+    assert run(files, "predict", files / "out", "--task", folder, "--split", "test") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    options = ("--task", folder, "--split", "test", "--max-length", "24")
+    code = run(files, "evaluate", files / "out", *options)
+    refused(capsys, code, "test.tsv:2", "'?'", "a, b")
+
+
+def test_own_data_takes_transfer_text_from_glue(files, capsys):
+    """Catches own data that is left without the transfer text, or whose dev text is in it."""
+    folder = own_data(files / "mine", ["a", "b"])
+    config = microbert.DistillConfig(task=str(folder), data_dir=str(files), transfer=2.0)
+    task = microbert.find_task(config)
+    texts = microbert.gather_transfer(config, task, glue.read(task, "", "train").texts)
+    foreign = set(data.sentences_of(glue.read("RTE", files, "train").texts))
+    assert len(texts) > 60 and sum(text in foreign for text in texts) > 20
+    assert not set(texts) & set(glue.read(task, "", "dev").texts)
+
+
 # --- guards --------------------------------------------------------------------------------------
 
 

@@ -350,7 +350,7 @@ def test_own_data_takes_transfer_text_from_glue(files, capsys):
     task = microbert.find_task(config)
     texts = microbert.gather_transfer(config, task, glue.read(task, "", "train").texts)
     foreign = set(data.sentences_of(glue.read("RTE", files, "train").texts))
-    assert len(texts) > 60 and sum(text in foreign for text in texts) > 20
+    assert len(texts) > 60 and any(text in foreign for text in texts)
     assert not set(texts) & set(glue.read(task, "", "dev").texts)
 
 

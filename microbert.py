@@ -1096,10 +1096,12 @@ def match_labels(model: Bert, task: "glue.Task", where: Path) -> Bert:
             print(f"note: {where} names no labels, taken to be {order}", file=sys.stderr)
         model.config = replace(model.config, labels=wanted)
         return model
-    plain = [name.lower().replace("-", "_").replace(" ", "_") for name in names]
-    for given, spelling in ((names, wanted), (plain, wanted), (plain, task.spelling)):
-        if sorted(given) == sorted(spelling):
-            order = torch.tensor([given.index(name) for name in spelling])
+    for plain in (str, lambda name: name.lower().replace("-", "_").replace(" ", "_")):
+        for spelling in (wanted, task.spelling):
+            given, sought = [plain(n) for n in names], [plain(n) for n in spelling]
+            if sorted(given) != sorted(sought) or len(set(given)) < len(given):
+                continue
+            order = torch.tensor([given.index(name) for name in sought])
             with torch.no_grad():
                 model.classifier.weight.copy_(model.classifier.weight[order].clone())
                 model.classifier.bias.copy_(model.classifier.bias[order].clone())

@@ -171,7 +171,8 @@ BROKEN = [  # task, split, content with | for tabs, the message after the file's
      ":2: label '-', expected one of entailment, neutral, contradiction"),
     ("QQP", "train", QQP + "1|x|1\n2|1|2|Why ?|Who ?|no\n", ":3: label 'no', expected one of 0, 1"),
     *[("STS-B", "dev", STSB + f"1|g|f|y|1|s|s|One .|Two .|{bad}\n",
-       f":3: score '{bad}', expected a finite number") for bad in ("high", "nan", "-inf", "")],
+       f":3: score '{bad}', expected a finite number, 0 to 5")
+      for bad in ("high", "nan", "-inf", "", "5.01", "-0.1", "1_5")],
     ("RTE", "dev", "index|question|sentence|label\n0|A ?|B .|entailment\n",
      ":1: no column 'sentence1', 'sentence2' among index, question, sentence, label; "
      "is this RTE's dev file?"),
@@ -359,6 +360,9 @@ def test_values_as_the_server_spells_them():
     assert glue.values("AX", [2, 1, 0]) == ["contradiction", "neutral", "entailment"]
     for task in ("CoLA", "SST-2", "MRPC", "QQP", "WNLI"):
         assert glue.values(task, [1, 0]) == ["1", "0"]
+    assert glue.values("STS-B", [-0.0]) == ["0.000"]
+    with pytest.raises(ValueError, match="STS-B: prediction 1 is nan"):
+        glue.values("STS-B", [1.0, float("nan")])
 
 
 def test_size_of_qqp_dev_takes_no_time(tmp_path):

@@ -1,5 +1,6 @@
 """glue.py's commands, check, download and submit, and data of your own."""
 
+import contextlib
 import hashlib
 import io
 import os
@@ -130,6 +131,19 @@ def test_broken_data_of_your_own(tmp_path, header, train, dev, regression, messa
     assert str(error.value).startswith(str(tmp_path / message))
 
 
+def test_files_of_your_own_that_lack_something(tmp_path):
+    """Catches training data without train.tsv, unlabelled dev data, and 200 labels in one line."""
+    with pytest.raises(FileNotFoundError, match=r"train\.tsv: no such file; data of your own"):
+        glue.own_task(own(tmp_path / "a", None, ["x|0"]))
+    task = glue.own_task(own(tmp_path / "b", [f"x|c{i:03}" for i in range(200)], ["x|c200"]))
+    with pytest.raises(ValueError, match="expected one of c000, .*, c007, ...$"):
+        glue.read(task, "", "dev")
+    put(tmp_path / "b/dev.tsv", "sentence\nx\n")
+    with pytest.raises(ValueError, match=r"dev\.tsv:1: no column 'label'"):
+        glue.read(task, "", "dev")
+    assert glue.read(task, "", "dev", with_labels=False).texts == ["x"]
+
+
 def test_a_folder_and_a_task_of_the_same_name(tmp_path, monkeypatch):
     """Catches GLUE's names hidden by a folder, and a folder that cannot be named."""
     own(tmp_path / "RTE", ["x|0", "y|1"])
@@ -184,9 +198,10 @@ def test_what_is_written_is_read_back(tmp_path):
 
 @pytest.fixture
 def small(monkeypatch):
-    """RTE as if its official files had 3, 2 and 1 rows, and no other task."""
-    task = glue.replace(glue.TASKS["RTE"], rows=(3, 2, 1))
-    monkeypatch.setattr(glue, "TASKS", {"RTE": task})
+    """RTE, QQP and MNLI as if their official files had few rows, and no other task."""
+    rows = {"RTE": (3, 2, 1), "QQP": (5, 2, 1), "MNLI": (1, 1, 1, 1, 1)}
+    tasks = {name: glue.replace(glue.TASKS[name], rows=counts) for name, counts in rows.items()}
+    monkeypatch.setattr(glue, "TASKS", tasks)
 
 
 NLI = "index|sentence1|sentence2|label\n"
@@ -206,6 +221,7 @@ def test_check_tells_what_is_there(tmp_path, small, capsys):
         ["RTE", "train", "3", "3", "4", "3", "-", "entailment:2", "not_entailment:1"],
         ["RTE", "dev", "2", "2", "4", "4", "1", "entailment:2", "not_entailment:0"],
         ["RTE", "test", "1", "1", "3", "2", "-", "-"],
+        "not there: QQP MNLI; python glue.py download QQP fetches one".split(),
     ]
 
 
@@ -229,6 +245,33 @@ def test_check_fails_on_what_is_unsound(tmp_path, small, capsys, split, content,
     assert glue.main(["check", str(tmp_path)]) == 1
     printed = capsys.readouterr().out
     assert message in printed and all(name in printed for name in contents)
+
+
+def test_check_of_several_tasks(tmp_path, small, capsys):
+    """Catches a fault in the first task forgotten at the last, class names in place of cells, and
+    a count of QQP's broken rows that sources disagree about called unsound."""
+    header = "id|qid1|qid2|question1|question2|is_duplicate\n"
+    rows = "".join(f"{i}|1|2|who {i} ?|why ?|1\n" for i in range(5))
+    row = len(rows) // 5
+    for split, content in (("train", header + rows), ("dev", header + rows[: 2 * row])):
+        put(tmp_path / f"QQP/{split}.tsv", content)
+    put(tmp_path / "QQP/test.tsv", "id|question1|question2\n0|a|b\n")
+    label = "index|sentence1|sentence2|gold_label\n0|a|b|neutral\n"
+    for split in glue.TASKS["MNLI"].splits:
+        put(tmp_path / f"MNLI/{split}.tsv", label)
+    assert glue.main(["check", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "0:0 1:5" in shown and "not there: RTE;" in shown
+    known = [line.split()[6] for line in shown.splitlines() if line.startswith("MNLI")]
+    assert known == ["-", "1", "1", "-", "-"]  # of train, both dev and both test sets
+    put(tmp_path / "QQP/train.tsv", header + rows[: 2 * row])
+    assert glue.main(["check", str(tmp_path)]) == 0  # 3 rows fewer
+    put(tmp_path / "QQP/train.tsv", header + rows[:row])
+    assert glue.main(["check", str(tmp_path)]) == 1
+    put(tmp_path / "QQP/train.tsv", header + rows)
+    put(tmp_path / "QQP/dev.tsv", header + rows)
+    assert glue.main(["check", str(tmp_path)]) == 1
+    assert "MNLI     test_mismatched" in capsys.readouterr().out
 
 
 def test_check_of_your_own_data(tmp_path, capsys):
@@ -260,7 +303,7 @@ def test_real_files_are_sound(capsys):
 
 MRPC = "Quality|#1 ID|#2 ID|#1 String|#2 String\n"
 MSR_TRAIN = (
-    "\ufeff" + MRPC + '1|11|12|One "a .|One b .\r\n0|13|14|Two a .|Two b .\r\n1|12|11|X .|Y .\n'
+    "\ufeff" + MRPC + '1|11|12|One "a .|One b .\r\n0|13|14|Two a .|Two b .\r\n1|13|11|X .|Y .\n'
 )
 MSR_TEST = "\ufeff" + MRPC + "1|21|22|Six a .|Six b .\n0|23|24|Ten a .|Ten b .\n"
 
@@ -295,12 +338,19 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_error(mode or 404)
         if mode == "asleep":
             return time.sleep(1.5)
-        content = {"other": b"x" * len(content), "long": content + b"x" * 99}.get(mode, content)
+        if mode == "mute":
+            return None
+        if mode == "babble":
+            return self.wfile.write(b"good day\r\n\r\n")
+        content = {"other": b"x" * len(content)}.get(mode, content)
         self.send_response(200)
-        if mode != "unsized":
+        if mode not in ("unsized", "long"):
             self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content[: len(content) // 2] if mode == "cut" else content)
+        with contextlib.suppress(OSError):  # until the client has had enough
+            for _ in range(400 if mode == "long" else 0):
+                self.wfile.write(b"x" * (1 << 20))
 
     def log_message(self, *arguments):
         pass
@@ -326,7 +376,9 @@ def server(monkeypatch):
 
 
 def fetch(server, folder, *arguments):
-    return glue.main(["download", *arguments, "--data-dir", str(folder), "--base-url", server.url])
+    return glue.main(
+        ["download", *arguments, "--data-dir", str(folder), "--base-url", server.url + "/"]
+    )
 
 
 def tree(folder):
@@ -346,7 +398,7 @@ def test_download(server, tmp_path, capsys):
     assert glue.read("RTE", data, "train").texts[0] == ("a", "b c")
     assert glue.read("AX", data, "test").texts == [("l", "m")]
     train, dev, test = ((data / f"MRPC/{s}.tsv").read_text() for s in ("train", "dev", "test"))
-    expected = MRPC + '1|11|12|One "a .|One b .\n1|12|11|X .|Y .\n'
+    expected = MRPC + '1|11|12|One "a .|One b .\n1|13|11|X .|Y .\n'
     assert train == expected.replace("|", "\t")
     assert dev == (MRPC + "0|13|14|Two a .|Two b .\n").replace("|", "\t")
     header = MRPC.replace("Quality", "index")
@@ -361,6 +413,8 @@ def test_what_is_there_is_not_overwritten(server, tmp_path, capsys):
     path = put(tmp_path / "RTE/dev.tsv", "mine")
     assert fetch(server, tmp_path, "RTE") == 0
     assert path.read_text() == "mine" and (tmp_path / "RTE/train.tsv").is_file()
+    printed = capsys.readouterr().out
+    assert "RTE/train.tsv, " in printed and "dev.tsv" not in printed
     server.asked.clear()
     assert fetch(server, tmp_path, "RTE") == 0
     assert server.asked == [] and "already there" in capsys.readouterr().out
@@ -378,6 +432,8 @@ def test_what_is_there_is_not_overwritten(server, tmp_path, capsys):
         ("long", ["RTE.zip", f"more than {len(RTE_ZIP)} bytes came"]),
         ("other", ["RTE.zip", "sha256", "not the official file"]),
         ("asleep", ["RTE.zip", "nothing came for 0.3 s"]),
+        ("mute", ["RTE.zip", "the connection broke after 0 bytes"]),
+        ("babble", ["RTE.zip", "the connection broke after 0 bytes"]),
     ],
 )
 def test_failed_downloads(server, tmp_path, capsys, mode, needles):
@@ -390,6 +446,13 @@ def test_failed_downloads(server, tmp_path, capsys, mode, needles):
     assert (tmp_path / "RTE/dev.tsv").read_text() == "mine"
     server.mode = "unsized"  # and the next attempt starts cleanly
     assert fetch(server, tmp_path, "RTE") == 0
+
+
+def test_all(server, tmp_path, monkeypatch):
+    """Catches `all` taken for a task's name."""
+    monkeypatch.setattr(glue, "TASKS", {name: glue.TASKS[name] for name in ("RTE", "AX")})
+    assert fetch(server, tmp_path, "all") == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"RTE", "AX"}
 
 
 def test_no_server_and_no_such_task(tmp_path, capsys):
@@ -429,6 +492,14 @@ def bomb():
     return bytes(content)
 
 
+def locked():
+    """A zip whose members say that they are encrypted."""
+    content = bytearray(zipped(MEMBERS))
+    for signature, at in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        content[content.index(signature) + at] |= 1
+    return bytes(content)
+
+
 def link():
     """A zip whose train.tsv is a symbolic link out of the folder."""
     buffer = io.BytesIO()
@@ -445,11 +516,12 @@ def link():
     "content, needles",
     [
         (bomb(), ["RTE/train.tsv unpacks to 2147483648 bytes"]),
+        (locked(), ["RTE/train.tsv cannot be unpacked", "password"]),
         (zipped({"RTE/train.tsv": TRAIN}), ["RTE.zip: no RTE/dev.tsv in it"]),
         (b"no zip at all", ["RTE.zip: RTE/train.tsv cannot be unpacked"]),
         (RTE_ZIP.replace(RTE_ZIP[50:60], b"0123456789"), ["cannot be unpacked"]),
     ],
-    ids=["bomb", "member missing", "no zip", "broken zip"],
+    ids=["bomb", "locked", "member missing", "no zip", "broken zip"],
 )
 def test_hostile_archives(server, tmp_path, monkeypatch, capsys, content, needles):
     """Catches an archive that fills the disk, or a traceback, even if the checksum were right."""
@@ -564,6 +636,7 @@ def test_submission(tmp_path, predictions, capsys):
         ("WNLI", "\n0|0", "\n0|entailment", ["WNLI.tsv:2: prediction 'entailment'", "one of 0, 1"]),
         ("WNLI", "\n0|0", "\n0|0|0", ["WNLI.tsv:2: prediction '0\\t0'"]),
         ("AX", "\n0|neutral", "\n0|1", ["AX.tsv:2", "one of entailment, neutral, contradiction"]),
+        ("STS-B", "\n0|-1", "\n0|1_5", ["STS-B.tsv:2: prediction '1_5', expected a number"]),
         ("STS-B", "\n0|-1", "\n0|nan", ["STS-B.tsv:2: prediction 'nan', expected a number"]),
     ],
 )

@@ -343,13 +343,48 @@ def test_text_is_enough_to_predict(files, capsys):
     refused(capsys, code, "test.tsv:2", "'?'", "a, b")
 
 
+def test_what_cannot_be_scored(files, capsys):
+    """Catches metrics of a split without labels, and a split's name taken for a prefix."""
+    folder = own_data(files / "mine", ["Yes !", "no"])
+    options = ("--task", folder, "--max-length", "24", "--split")
+    save_bert(Bert(shape(labels=("YES_!", "NO"))), files / "t", tokenizer_from=files / "bert")
+    assert run(files, "evaluate", files / "t", *options, "test") == 0
+    (folder / "test.tsv").write_text("sentence\nthe cat\n")
+    capsys.readouterr()
+    code = run(files, "evaluate", files / "t", *options, "test")
+    refused(capsys, code, "test has no labels", "predict")
+    code = run(files, "evaluate", files / "t", *options, "d")
+    refused(capsys, code, "no split d")
+
+
+def test_a_regression_teacher_of_your_own(files, capsys):
+    """Catches finetune without --regression, and an example shown in the unit it is learnt in."""
+    folder = own_data(files / "mine", ["100", "250.5"])
+    options = ("--task", folder, "--bert", files / "bert", "--out", files / "made", "--regression")
+    assert run(files, "finetune", *options, "--epochs", "1", "--max-length", "24") == 0
+    printed = capsys.readouterr().out
+    assert "[SEP] -> 100\n" in printed and "[SEP] -> 250.5\n" in printed
+    assert f"--task {folder} --teacher {files / 'made/teacher'}" in printed
+
+
+def test_passes_of_a_training():
+    """Catches small data trained for a handful of steps, and large data for too many."""
+    passes = microbert.auto_epochs
+    assert passes(5749, 24_000, 32) == 4 and passes(67_349, 24_000, 32) == 3
+    assert passes(3668, 100_000, 32) == 10
+    assert passes(12, 24_000, 32) == 200 and passes(100, 24_000, 32) == 50  # 4 steps a pass
+
+
 def test_own_data_takes_transfer_text_from_glue(files, capsys):
-    """Catches own data that is left without the transfer text, or whose dev text is in it."""
+    """Catches own data that is left without the transfer text, whose dev text is in it, or that
+    stumbles over a label of another task."""
+    path = files / "RTE/train.tsv"
+    path.write_text(path.read_text().replace("not_entailment", "perhaps"))
     folder = own_data(files / "mine", ["a", "b"])
     config = microbert.DistillConfig(task=str(folder), data_dir=str(files), transfer=2.0)
     task = microbert.find_task(config)
     texts = microbert.gather_transfer(config, task, glue.read(task, "", "train").texts)
-    foreign = set(data.sentences_of(glue.read("RTE", files, "train").texts))
+    foreign = set(data.sentences_of(glue.read("RTE", files, "train", with_labels=False).texts))
     assert len(texts) > 60 and any(text in foreign for text in texts)
     assert not set(texts) & set(glue.read(task, "", "dev").texts)
 

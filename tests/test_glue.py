@@ -96,6 +96,13 @@ def test_official_layout(tmp_path, task, split, dressed):
         assert found.labels.dtype == np.int64 and found.labels.tolist() == ids
 
 
+def test_labels_in_a_test_file_are_not_read(tmp_path):
+    """Catches placeholder labels in a GLUE test file scored, or in the way."""
+    row = "index|sentence1|sentence2|label\n0|a|b|-1\n".replace("|", "\t")
+    put(tmp_path / "RTE/test.tsv", row)
+    assert glue.read("RTE", tmp_path, "test") == ([("a", "b")], None)
+
+
 def test_mnli_dev_and_test_mean_matched(tmp_path):
     """Catches `dev` or `test` read from the mismatched files, or from a dev.tsv."""
     for kind in ("dev", "test"):

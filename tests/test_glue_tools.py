@@ -83,6 +83,7 @@ def test_classes_are_sorted_numbers_by_value(tmp_path):
     assert glue.values(task, [3, 0]) == ["10", "-1"]
     many = own(tmp_path / "many", [f"t|class {i}" for i in range(200)])
     assert len(glue.own_task(many).labels) == 200
+    assert len(glue.own_task(own(many, [f"t|{i}" for i in range(1024)])).labels) == 1024
 
 
 def test_scores_of_your_own(tmp_path):
@@ -99,6 +100,12 @@ def test_a_checkpoint_names_the_classes_where_there_is_no_train(tmp_path):
     task = glue.own_task(tmp_path, labels=("b", "a"))
     assert task.labels == ("b", "a") and glue.read(task, "", "dev").labels.tolist() == [0]
     assert glue.own_task(own(tmp_path / "s", None, ["x|3"]), labels=("score",)).regression
+    assert glue.own_task(tmp_path / "s", regression=True).regression
+    own(tmp_path, ["x|c", "y|b"])
+    assert glue.own_task(tmp_path, labels=("b", "a")).labels == (
+        "b",
+        "c",
+    )  # where it is, it decides
 
 
 OWN_BROKEN = [  # header, rows of train, rows of dev, regression, the message after the folder
@@ -422,6 +429,22 @@ def test_what_is_there_is_not_overwritten(server, tmp_path, capsys):
     assert path.read_text() == DEV
 
 
+def test_a_full_disk_leaves_what_was_there(server, tmp_path, predictions, monkeypatch, capsys):
+    """Catches a file that is written in place, and parts left over."""
+    mine = put(tmp_path / "a/RTE/train.tsv", "mine")
+    out = put(tmp_path / "b/s.zip", "the one before")
+
+    def full(*paths):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(glue.os, "replace", full)
+    refused(capsys, fetch(server, tmp_path / "a", "RTE", "--overwrite"), "disk full")
+    assert mine.read_text() == "mine" and tree(tmp_path / "a") == ["RTE", "RTE/train.tsv"]
+    code = glue.main(["submit", "--predictions", str(predictions), "--out", str(out)])
+    refused(capsys, code, "disk full")
+    assert out.read_text() == "the one before" and tree(tmp_path / "b") == ["s.zip"]
+
+
 @pytest.mark.parametrize(
     "mode, needles",
     [
@@ -532,6 +555,17 @@ def test_hostile_archives(server, tmp_path, monkeypatch, capsys, content, needle
     assert tree(tmp_path) == []
 
 
+@pytest.mark.parametrize("fault", [glue.zlib.error("bad"), EOFError("end")])
+def test_streams_that_break_off(server, tmp_path, monkeypatch, capsys, fault):
+    """Catches a traceback for a member whose compressed data is damaged."""
+
+    def broken(*files):
+        raise fault
+
+    monkeypatch.setattr(glue.shutil, "copyfileobj", broken)
+    refused(capsys, fetch(server, tmp_path, "RTE"), "RTE/train.tsv cannot be unpacked")
+
+
 def test_a_link_in_an_archive_is_no_link(server, tmp_path, monkeypatch):
     """Catches a symbolic link made by an archive."""
     content = link()
@@ -609,6 +643,9 @@ def test_submission(tmp_path, predictions, capsys):
               "MNLI-m": 9796, "MNLI-mm": 9847, "QNLI": 5463, "RTE": 3000, "WNLI": 146,
               "AX": 1104}  # fmt: skip
     with zipfile.ZipFile(out) as archive:
+        for member in archive.infolist():  # the same bytes at any time
+            assert member.date_time == (1980, 1, 1, 0, 0, 0)
+            assert member.compress_type == zipfile.ZIP_DEFLATED
         assert sorted(archive.namelist()) == sorted(f"{name}.tsv" for name in counts)
         for name, count in counts.items():
             rows = archive.read(f"{name}.tsv").decode().split("\n")

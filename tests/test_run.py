@@ -169,6 +169,9 @@ def test_predictions_and_evaluation(files, capsys):
     assert run(files, "evaluate", files / "out/student", "--task", "MNLI") == 0
     printed = capsys.readouterr().out
     assert f"{results['student']['score']:.2f}" in printed and "dev_mismatched" in printed
+    options = ("--task", "MNLI", "--split", "dev_mismatched")
+    assert run(files, "evaluate", files / "out/student", *options) == 0
+    assert "dev_matched" not in capsys.readouterr().out
 
 
 def test_scores_are_predicted_as_the_server_wants(files, capsys):
@@ -341,6 +344,18 @@ def test_text_is_enough_to_predict(files, capsys):
     options = ("--task", folder, "--split", "test", "--max-length", "24")
     code = run(files, "evaluate", files / "out", *options)
     refused(capsys, code, "test.tsv:2", "'?'", "a, b")
+
+
+def test_a_reused_teacher_of_scores_is_left_alone(files, capsys):
+    """Catches a teacher whose scores are scaled each time it is distilled."""
+    folder = own_data(files / "mine", [str(1000 + 10 * i) for i in range(5)])
+    assert distil(files, folder, "--regression", "--teacher-epochs", "9") == 0
+    assert f"predict {files / 'out'} --task {folder}\n" in capsys.readouterr().out
+    made = files / "out/teacher"
+    options = ("--task", folder, "--teacher", made, "--out", files / "two", "--regression")
+    assert run(files, *options, *QUICK, "--force") == 0
+    weights = "teacher/model.safetensors"
+    assert (files / "two" / weights).read_bytes() == (files / "out" / weights).read_bytes()
 
 
 def test_what_cannot_be_scored(files, capsys):

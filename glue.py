@@ -100,6 +100,9 @@ TASKS = {
              splits=("test",), rows=(1104,)),
     )
 }  # fmt: skip
+_MARKS = {  # columns that only one task has: they tell a file that lies in another's folder
+    "pairID": "MNLI", "source1": "STS-B", "question": "QNLI", "question1": "QQP", "#1 ID": "MRPC"
+}  # fmt: skip
 _AX_PATHS = ("AX/diagnostic.tsv", "diagnostic/diagnostic.tsv", "MNLI/diagnostic.tsv", "AX/AX.tsv")
 
 
@@ -153,7 +156,7 @@ def own_task(folder: str | Path, *, regression: bool = False, labels: Sequence[s
     task = replace(task, text=forms[0], metrics=metrics)
     if regression or found[0].stem != "train":
         return task
-    (column,) = _columns(found[0], header, ["label"], name)
+    (column,) = _columns(found[0], header, ["label"], "a train.tsv")
     return replace(task, labels=_classes([row[column] for row in rows], found[0], lines))
 
 
@@ -190,11 +193,19 @@ def read(
     """
     task = find_task(task) if isinstance(task, str) else task
     path = _path(task, Path(data_dir), split)
+    if not (task.folder or path.exists()):
+        raise FileNotFoundError(
+            f"{path}: no such file; GLUE's layout is DATA_DIR/TASK/SPLIT.tsv: "
+            f"python glue.py download {task.name} --data-dir {data_dir}"
+        )
     rows, header, lines = _rows(path, task, split)
     test = split.startswith("test")
     labelled = with_labels and (task.label in header if test and task.folder else not test)
     wanted = [*task.text, *([task.label] if labelled else [])]
     columns = _columns(path, header, wanted, f"{task.name}'s {split} file")
+    for mark, owner in _MARKS.items() if not task.folder else ():
+        if mark in header and owner != task.name:
+            raise ValueError(f"{path}:1: column {mark!r} is {owner}'s, expected {task.name}'s file")
     picked = [[cells[c] for c in columns] for cells in rows]
     width = len(task.text)
     texts = [tuple(row[:width]) if width == 2 else row[0] for row in picked]
@@ -261,9 +272,9 @@ def _rows(path: Path, task: Task, split: str) -> tuple[list[list[str]], list[str
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 file, blank ones at its end left out."""
+    """The lines of a UTF-8 file, blank ones at its end left out (one with a tab is a row)."""
     lines = _text(path).split("\n")
-    while lines and not lines[-1].strip():
+    while lines and not lines[-1].strip(" "):
         lines.pop()
     return lines
 
@@ -272,16 +283,14 @@ def _text(path: Path) -> str:
     if path.is_dir():
         raise ValueError(f"{path}: a folder, expected a TSV file")
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file; GLUE's layout is DATA_DIR/TASK/SPLIT.tsv, and `python glue.py "
-            "download TASK --data-dir DATA_DIR` fetches it"
-        )
+        raise FileNotFoundError(f"{path}: no such file")
     raw = path.read_bytes()
-    if not raw.removeprefix(b"\xef\xbb\xbf").strip():
+    bare = raw[:1024].removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not bare and not raw[1024:].strip():
         raise ValueError(f"{path}: empty file; fetch it again")
-    if raw.startswith(b"version https://git-lfs"):
+    if bare.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path}: a Git LFS pointer, not the data; run `git lfs pull`")
-    if raw[:256].lstrip().lower().startswith((b"<!doctype", b"<html")):
+    if bare.lower().startswith((b"<!doctype", b"<html")):
         raise ValueError(f"{path}: an HTML page, not the data; the download went wrong")
     if b"\0" in raw:
         line = raw.count(b"\n", 0, raw.index(b"\0")) + 1
@@ -367,10 +376,16 @@ def pearson(labels: np.ndarray, predictions: np.ndarray) -> float:
         return 0.0
     if (x == x[0]).all() or (y == y[0]).all():
         return 0.0
-    x, y = x / np.abs(x).max(), y / np.abs(y).max()  # squares neither under- nor overflow
-    x, y = x - x.mean(), y - y.mean()
-    x, y = x / np.linalg.norm(x), y / np.linalg.norm(y)
+    x, y = _direction(x), _direction(y)
     return float(np.clip(x @ y, -1.0, 1.0))
+
+
+def _direction(x: np.ndarray) -> np.ndarray:
+    """x centred and of length 1; squares neither under- nor overflow, and no digit is lost."""
+    x = np.ldexp(x, -np.frexp(np.abs(x).max())[1])  # a power of two: exact
+    x = x - x.mean()
+    x = x / np.abs(x).max()
+    return x / np.linalg.norm(x)
 
 
 def spearman(labels: np.ndarray, predictions: np.ndarray) -> float:
@@ -418,16 +433,21 @@ def values(
 ) -> list[str]:
     """Predictions (class ids or scores) as the GLUE server spells them; STS-B's clipped to 0..5.
 
-    Raises ValueError for a score that is no finite number.
+    Raises ValueError for what is no class id, or a score that is no finite number.
     """
     task = find_task(task) if isinstance(task, str) else task
     if not task.regression:
-        return [task.spelling[int(p)] for p in predictions]
+        ids = np.asarray(predictions)
+        if not np.isin(ids, np.arange(len(task.labels))).all():
+            raise ValueError(
+                f"{task.name}: predictions are not class ids 0 to {len(task.labels) - 1}"
+            )
+        return [task.spelling[int(p)] for p in ids]
     scores = np.asarray(predictions, np.float64)
     if not np.isfinite(scores).all():
         row = int(np.flatnonzero(~np.isfinite(scores))[0])
         raise ValueError(f"{task.name}: prediction {row} is {scores[row]}, expected a number")
-    form = "{:.6g}" if task.folder else "{:.3f}"
+    form = "{:.9g}" if task.folder else "{:.3f}"  # nine digits tell any two float32 apart
     return [form.format(p + 0.0) for p in np.clip(scores, *task.bounds)]  # + 0.0: no -0.000
 
 
@@ -437,25 +457,37 @@ def values(
 def check(folder: str | Path, *, regression: bool = False) -> bool:
     """Prints what each file of a GLUE folder holds; True where all of it is sound.
 
-    folder: DATA_DIR, or a folder of your own data. Not sound are a file that `read` refuses, one
-    with another number of rows than the official file, and a task's folder without one of its
-    files. Tasks whose folder is missing are only listed. Raises ValueError where there is nothing.
+    folder: DATA_DIR, one task's folder in it, or a folder of your own data. Not sound are a file
+    that `read` refuses, one with another number of rows than the official file, and a task's folder
+    without one of its files. Tasks whose folder is missing are only listed. Raises ValueError where
+    there is nothing.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    if (folder / "train.tsv").is_file():
-        found = [own_task(folder, regression=regression)]
+    if (name := folder.resolve().name) in TASKS:
+        found, folder = [TASKS[name]], folder.resolve().parent
+    elif any((folder / f"{split}.tsv").is_file() for split in Task.splits):
+        try:
+            found = [own_task(folder, regression=regression)]
+        except (OSError, ValueError) as error:
+            print(error)
+            return False
     else:
-        found = [t for t in TASKS.values() if any(_path(t, folder, s).is_file() for s in t.splits)]
+        found = [task for task in TASKS.values() if _is_there(task, folder)]
     if not found:
         raise ValueError(f"{folder}: no GLUE task in it, {' '.join(TASKS)}; a folder each")
     print(_row("task", "split", "rows", "official", "columns", "words", "in train", "labels"))
     sound = all([_check_task(task, folder) for task in found])
     absent = [name for name in TASKS if name not in {task.name for task in found}]
-    if not found[0].folder and absent:
+    if name not in TASKS and not found[0].folder and absent:
         print(f"not there: {' '.join(absent)}; python glue.py download {absent[0]} fetches one")
     return sound
+
+
+def _is_there(task: Task, folder: Path) -> bool:
+    paths = [_path(task, folder, split) for split in task.splits]
+    return (folder / task.name).is_dir() or any(path.is_file() for path in paths)
 
 
 def _row(*cells: object) -> str:
@@ -589,13 +621,15 @@ def _fetch(url: str, path: Path, size: int, sha256: str, timeout: float) -> None
                     print(f"\r{shown}", end="", file=sys.stderr, flush=True)
     except urllib.error.HTTPError as error:
         error.close()
+        reason = " ".join(str(error.reason).split())
         raise ValueError(
-            f"{url}: the server answered {error.code} {error.reason}; --base-url names a mirror"
+            f"{url}: the server answered {error.code} {reason}; --base-url names a mirror"
         ) from None
     except TimeoutError:
         raise TimeoutError(f"{url}: nothing came for {timeout:g} s; try again later") from None
     except urllib.error.URLError as error:
-        raise OSError(f"{url}: cannot be reached: {error.reason}") from None
+        reason = " ".join(str(error.reason).split())
+        raise OSError(f"{url}: cannot be reached: {reason}") from None
     except (http.client.HTTPException, ConnectionError) as error:
         raise OSError(f"{url}: the connection broke after {done} bytes: {error!r}") from None
     finally:
@@ -665,18 +699,22 @@ def submit(predictions: str | Path, out: str | Path) -> list[str]:
     MNLI-mm.tsv, QNLI.tsv, RTE.tsv, WNLI.tsv, AX.tsv: `index<TAB>prediction`, index from 0.
 
     Raises ValueError (`path:line: found, expected`) for another number of rows than the test split
-    has, an index or value that the server would not take, and a .tsv of another name.
+    has, an index or value that the server would not take, a .tsv of another name, and an `out` that
+    is there and no zip.
     """
     folder, out = Path(predictions), Path(out)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    files = sorted(folder.glob("*.tsv"))
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".tsv")
+    lower = {name.lower(): name for name in SUBMISSION}
     for path in files:
-        if path.stem not in SUBMISSION:
-            near = difflib.get_close_matches(path.stem, SUBMISSION, n=1, cutoff=0.0)
-            raise ValueError(f"{path}: no file of the server's; did you mean {near[0]}.tsv?")
+        if path.name.removesuffix(".tsv") not in SUBMISSION:
+            near = difflib.get_close_matches(path.stem.lower(), lower, n=1, cutoff=0.0)
+            raise ValueError(f"{path}: no file of the server's; did you mean {lower[near[0]]}.tsv?")
     if not files:
         raise ValueError(f"{folder}: no predictions in it, expected {', '.join(SUBMISSION)}.tsv")
+    if out.exists() and not (out.is_file() and (zipfile.is_zipfile(out) or not out.stat().st_size)):
+        raise ValueError(f"{out}: is there and no zip; name another file")
     contents, filled = {}, []
     for name, (task_name, split) in SUBMISSION.items():
         task, path = TASKS[task_name], folder / f"{name}.tsv"
@@ -687,6 +725,7 @@ def submit(predictions: str | Path, out: str | Path) -> list[str]:
             cells, filled = values(task, [0]) * rows, [*filled, name]
         lines = [f"{index}\t{cell}\n" for index, cell in enumerate(cells)]
         contents[f"{name}.tsv"] = "index\tprediction\n" + "".join(lines)
+    out = out.resolve()  # a link stays one
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.part")
     try:
@@ -760,8 +799,10 @@ def _run_check(arguments: argparse.Namespace) -> int:
 
 
 def _run_download(arguments: argparse.Namespace) -> int:
-    names = TASKS if "all" in arguments.tasks else arguments.tasks
-    for task in [find_task(name) for name in names]:
+    if not 0 < arguments.timeout <= 3600:
+        raise ValueError(f"--timeout is {arguments.timeout:g}, expected 0 to 3600 seconds")
+    tasks = [find_task(name) for name in arguments.tasks if name != "all"]
+    for task in tasks if "all" not in arguments.tasks else TASKS.values():
         if task.folder:
             raise ValueError(f"'{task.name}' is a folder, expected one of {' '.join(TASKS)}")
         written = download(

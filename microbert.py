@@ -551,6 +551,10 @@ _TOKENIZER_FILES = (
 def write_file(path: str | Path, content: bytes) -> None:
     """Writes a file whole or not at all: a temporary one beside it, flushed, then renamed."""
     path = Path(path)
+    if path.exists() and not path.is_file():  # a pipe or device: nothing to put in its place
+        path.write_bytes(content)
+        return
+    path = path.resolve()  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     with part.open("wb") as file:
@@ -1089,7 +1093,7 @@ def match_labels(model: Bert, task: "glue.Task", where: Path) -> Bert:
         raise ValueError(
             f"{where}: no trained {' and '.join(model.fresh)}; fine-tune it: --bert {where}"
         )
-    silent = names == tuple(f"LABEL_{i}" for i in range(len(names)))
+    silent = names == tuple(f"LABEL_{i}" for i in range(len(names))) and {*names} != {*wanted}
     if len(names) == len(wanted) and (silent or task.regression):
         if silent and not task.regression:
             order = ", ".join(wanted)
@@ -1107,9 +1111,8 @@ def match_labels(model: Bert, task: "glue.Task", where: Path) -> Bert:
                 model.classifier.bias.copy_(model.classifier.bias[order].clone())
             model.config = replace(model.config, labels=wanted)
             return model
-    raise ValueError(
-        f"{where}: its labels are {', '.join(names)}, those of {task.name} {', '.join(wanted)}"
-    )
+    shown = [", ".join(labels[:8]) + ", ..." * (len(labels) > 8) for labels in (names, wanted)]
+    raise ValueError(f"{where}: its labels are {shown[0]}, those of {task.name} {shown[1]}")
 
 
 def load_fitting_tokenizer(folder: Path, model: Bert, config: DistillConfig) -> "Tokenizer":
@@ -1199,13 +1202,19 @@ def score_unit(task: "glue.Task", labels: "numpy.ndarray") -> tuple[float, float
     """Mean and standard deviation of the training scores, the unit they are learnt in: OURS(11).
 
     Losses weigh alike whatever the scale of the scores. Classes have 0 and 1. Raises ValueError
-    where all scores are the same.
+    where float32, which models speak, could not tell the scores apart.
     """
+    import numpy as np
+
     if not task.regression:
         return 0.0, 1.0
-    center, spread = float(labels.mean()), float(labels.std())
-    if not spread > 0:
-        raise ValueError(f"{task.name}: every training score is {center:g}, nothing to learn")
+    with np.errstate(over="ignore"):
+        center, spread = float(labels.mean()), float(labels.std())
+    if not max(1e-5 * abs(center), 1e-30) < spread < 1e30:
+        raise ValueError(
+            f"{task.name}: training scores of mean {center:g} and standard deviation {spread:g}: "
+            "too much alike, too small or too large for float32; subtract a constant or rescale"
+        )
     return center, spread
 
 
@@ -1457,11 +1466,16 @@ def predict(config: DistillConfig) -> None:
     import data
     import glue
 
+    heading = "index\tprediction\n"
+    if config.out and Path(config.out).is_file():
+        with open(config.out, "rb") as file:
+            if file.read(len(heading)) not in (heading.encode(), b""):
+                raise ValueError(f"{config.out} is there and holds no predictions; name another")
     model, tokenizer, task = load_trained(config)
     texts = load_split(config, task, config.split, with_labels=False).texts
     logits = predict_logits(model, data.encode(tokenizer, texts), config)
     rows = [f"{i}\t{value}\n" for i, value in enumerate(glue.values(task, answers(logits)))]
-    content = "index\tprediction\n" + "".join(rows)
+    content = heading + "".join(rows)
     if config.out:
         write_file(config.out, content.encode())
         print(f"{len(rows)} predictions for {task.name} {config.split} in {config.out}")

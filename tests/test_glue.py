@@ -96,6 +96,12 @@ def test_official_layout(tmp_path, task, split, dressed):
         assert found.labels.dtype == np.int64 and found.labels.tolist() == ids
 
 
+def test_no_row_of_a_test_file_is_taken_for_a_blank_line(tmp_path):
+    """Catches a last row of empty cells left out, and a blank last line read as a row."""
+    put(tmp_path / "RTE/test.tsv", (_NLI + "\n0|a|b\n||\n\n \n").replace("|", "\t"))
+    assert glue.read("RTE", tmp_path, "test").texts == [("a", "b"), ("", "")]
+
+
 def test_labels_in_a_test_file_are_not_read(tmp_path):
     """Catches placeholder labels in a GLUE test file scored, or in the way."""
     row = "index|sentence1|sentence2|label\n0|a|b|-1\n".replace("|", "\t")
@@ -184,6 +190,11 @@ BROKEN = [  # task, split, content with | for tabs, the message after the file's
      ":1: no column 'sentence1', 'sentence2' among index, question, sentence, label; "
      "is this RTE's dev file?"),
     ("RTE", "dev", _NLI + "\n0|A .|B .\n", ":1: no column 'label' among"),
+    ("RTE", "test", _STSB + "\n0|g|f|y|0|s|s|One .|Two .\n",
+     ":1: column 'source1' is STS-B's, expected RTE's file"),
+    ("AX", "test", _MNLI + "\n" + "x|" * 9 + "x\n", ":1: column 'pairID' is MNLI's, expected AX's"),
+    ("SST-2", "test", "index|question|sentence\n0|A ?|B .\n", ":1: column 'question' is QNLI's"),
+    ("RTE", "dev", RTE + "0|A .|B .|entailment\n|||\n", ":3: label ''"),
     ("CoLA", "train", "sentence|label\nA .|1\n", ":1: 2 tab-separated cells, expected 4"),
     ("CoLA", "test", "0|A .\n1|B .\n", ":1: no column 'sentence' among 0, A ."),
     ("RTE", "dev", RTE, ": no rows"),
@@ -193,6 +204,8 @@ BROKEN = [  # task, split, content with | for tabs, the message after the file's
      ": a Git LFS pointer"),
     ("RTE", "dev", "\n <!DOCTYPE html>\n<p>Not found\n", ": an HTML page"),
     ("RTE", "dev", "<html><body>Not found", ": an HTML page"),
+    ("RTE", "dev", "\ufeff<html>", ": an HTML page"),
+    ("RTE", "dev", "\ufeffversion https://git-lfs.github.com/spec/v1\n", ": a Git LFS pointer"),
     ("CoLA", "dev", "x|1||A .\nx|1||B\0 .\n", ":2: a NUL byte at offset 15,"),
     # row 1 is 9 bytes with its newline, then come x, tab, 1, tab, tab: offset 14 (BOM: + 3)
     ("CoLA", "dev", b"x|1||A .\nx|1||\xff .\n", ":2: byte 0xff at offset 14 is not UTF-8"),
@@ -207,7 +220,8 @@ BROKEN = [  # task, split, content with | for tabs, the message after the file's
 def test_broken_file_is_refused(tmp_path, task, split, content, message):
     """Catches a broken file that is read as something, or an error that does not say where."""
     content = content if isinstance(content, bytes) else content.encode()
-    path = put(tmp_path / task / f"{split}.tsv", content.replace(b"|", b"\t"))
+    name = "diagnostic" if task == "AX" else split
+    path = put(tmp_path / task / f"{name}.tsv", content.replace(b"|", b"\t"))
     with pytest.raises(ValueError) as error:
         glue.read(task, tmp_path, split)
     assert str(error.value).startswith(f"{path}{message}")
@@ -325,6 +339,15 @@ def test_no_metric_is_ever_nan():
             assert glue.METRICS[name](x, np.array([1.0, bad, 3.0])) == 0.0
 
 
+def test_correlation_keeps_its_digits_far_from_zero():
+    """Catches digits lost before the mean is taken off. By hand: of the deviations from the means
+    11/4 and 5/2 the products sum to 4.5, the squares to 8.75 and 5."""
+    x, y = np.array([1.0, 2.0, 3.0, 5.0]), np.array([1.0, 2.0, 4.0, 3.0])
+    expected = 4.5 / (8.75 * 5) ** 0.5
+    for offset in (0.0, 1e6, 1.7e9):
+        assert glue.pearson(x + offset, y) == pytest.approx(expected, abs=1e-12)
+
+
 @pytest.mark.filterwarnings("error")
 def test_correlation_does_not_depend_on_scale():
     """Catches squares that underflow to 0/0 or overflow to 0."""
@@ -368,6 +391,9 @@ def test_values_as_the_server_spells_them():
     for task in ("CoLA", "SST-2", "MRPC", "QQP", "WNLI"):
         assert glue.values(task, [1, 0]) == ["1", "0"]
     assert glue.values("STS-B", [-0.0]) == ["0.000"]
+    for wrong in ([-1], [2], [0.5]):
+        with pytest.raises(ValueError, match="RTE: predictions are not class ids 0 to 1"):
+            glue.values("RTE", wrong)
     with pytest.raises(ValueError, match="STS-B: prediction 1 is nan"):
         glue.values("STS-B", [1.0, float("nan")])
 

@@ -92,6 +92,7 @@ def test_scores_of_your_own(tmp_path):
     assert task.regression and task.metrics == ("pearson", "spearman")
     assert glue.read(task, "", "train").labels.tolist() == [-40.0, 1000.0, 0.25]
     assert glue.values(task, [-40.25, 1234.5]) == ["-40.25", "1234.5"]
+    assert glue.values(task, [1965.125, 1965.25]) == ["1965.125", "1965.25"]
 
 
 def test_a_checkpoint_names_the_classes_where_there_is_no_train(tmp_path):
@@ -254,6 +255,18 @@ def test_check_fails_on_what_is_unsound(tmp_path, small, capsys, split, content,
     assert message in printed and all(name in printed for name in contents)
 
 
+def test_check_of_one_task(tmp_path, small, capsys):
+    """Catches a GLUE task's folder measured as own data, and an empty one called sound."""
+    for split, content in (("train", TRAIN), ("dev", DEV), ("test", TEST)):
+        put(tmp_path / f"RTE/{split}.tsv", content)
+    assert glue.main(["check", str(tmp_path / "RTE")]) == 0
+    put(tmp_path / "RTE/train.tsv", DEV)
+    assert glue.main(["check", str(tmp_path / "RTE")]) == 1
+    put(tmp_path / "RTE/train.tsv", TRAIN)
+    (tmp_path / "QQP").mkdir()
+    assert glue.main(["check", str(tmp_path)]) == 1
+
+
 def test_check_of_several_tasks(tmp_path, small, capsys):
     """Catches a fault in the first task forgotten at the last, class names in place of cells, and
     a count of QQP's broken rows that sources disagree about called unsound."""
@@ -286,12 +299,16 @@ def test_check_of_your_own_data(tmp_path, capsys):
     own(tmp_path, ["x|a", "y|b"] + [f"z|c{i}" for i in range(9)], ["x|a"])
     assert glue.main(["check", str(tmp_path)]) == 0
     assert "a:1 b:1 c0:1 c1:1 c2:1 c3:1 and 5 more" in capsys.readouterr().out
+    assert "not there" not in capsys.readouterr().out
     own(tmp_path, ["x|1", "y|2.5"], ["z|2"])
     assert glue.main(["check", str(tmp_path), "--regression"]) == 0
     assert "1 to 2.5" in capsys.readouterr().out
     (tmp_path / "dev.tsv").unlink()
     assert glue.main(["check", str(tmp_path)]) == 1
+    own(tmp_path, ["x|1", "y|1"])
     capsys.readouterr()
+    assert glue.main(["check", str(tmp_path)]) == 1
+    assert "train.tsv: every label is '1'" in capsys.readouterr().out
     refused(capsys, glue.main(["check", str(tmp_path / "no")]), "no: no such folder")
     (tmp_path / "empty").mkdir()
     refused(capsys, glue.main(["check", str(tmp_path / "empty")]), "no GLUE task in it")
@@ -432,7 +449,7 @@ def test_what_is_there_is_not_overwritten(server, tmp_path, capsys):
 def test_a_full_disk_leaves_what_was_there(server, tmp_path, predictions, monkeypatch, capsys):
     """Catches a file that is written in place, and parts left over."""
     mine = put(tmp_path / "a/RTE/train.tsv", "mine")
-    out = put(tmp_path / "b/s.zip", "the one before")
+    out = put(tmp_path / "b/s.zip", before := zipped({"a": "the one before"}))
 
     def full(*paths):
         raise OSError("disk full")
@@ -442,7 +459,7 @@ def test_a_full_disk_leaves_what_was_there(server, tmp_path, predictions, monkey
     assert mine.read_text() == "mine" and tree(tmp_path / "a") == ["RTE", "RTE/train.tsv"]
     code = glue.main(["submit", "--predictions", str(predictions), "--out", str(out)])
     refused(capsys, code, "disk full")
-    assert out.read_text() == "the one before" and tree(tmp_path / "b") == ["s.zip"]
+    assert out.read_bytes() == before and tree(tmp_path / "b") == ["s.zip"]
 
 
 @pytest.mark.parametrize(
@@ -478,11 +495,19 @@ def test_all(server, tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"RTE", "AX"}
 
 
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "1e300"])
+def test_a_timeout_that_is_none(tmp_path, capsys, seconds):
+    """Catches a traceback, or a download that waits for ever."""
+    code = glue.main(["download", "RTE", "--data-dir", str(tmp_path), f"--timeout={seconds}"])
+    refused(capsys, code, "--timeout", "expected 0 to 3600 seconds")
+
+
 def test_no_server_and_no_such_task(tmp_path, capsys):
     """Catches a traceback where there is no network, and a folder or typo taken for a task."""
     where = ["--data-dir", str(tmp_path), "--base-url", "http://127.0.0.1:9"]
     refused(capsys, glue.main(["download", "RTE", *where]), "127.0.0.1:9", "cannot be reached")
     refused(capsys, glue.main(["download", "RTEE", *where]), "did you mean RTE?")
+    refused(capsys, glue.main(["download", "all", "RTEE", *where]), "did you mean RTE?")
     own(tmp_path / "mine", ["x|0", "y|1"])
     refused(capsys, glue.main(["download", str(tmp_path / "mine"), *where]), "expected one of CoLA")
     code = glue.main(["download", "RTE", "--data-dir", str(tmp_path), "--base-url", "nonsense"])
@@ -683,17 +708,33 @@ def test_a_bad_prediction_file_is_refused(tmp_path, predictions, capsys, name, o
     text = path.read_text().replace("\t", "|")
     assert old in text
     put(path, text.replace(old, new, 1))
-    out = put(tmp_path / "submission.zip", "the one before")
+    out = put(tmp_path / "submission.zip", before := zipped({"a": "the one before"}))
     code = glue.main(["submit", "--predictions", str(predictions), "--out", str(out)])
     refused(capsys, code, *needles)
-    assert out.read_text() == "the one before"
+    assert out.read_bytes() == before
+
+
+def test_a_submission_does_not_take_the_place_of_something_else(tmp_path, predictions, capsys):
+    """Catches --out that replaces predictions or a device, and a link that becomes a file."""
+    os.mkfifo(tmp_path / "pipe")
+    for out in (predictions / "AX.tsv", tmp_path / "pipe", predictions):
+        code = glue.main(["submit", "--predictions", str(predictions), "--out", str(out)])
+        refused(capsys, code, out, "is there and no zip")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    (tmp_path / "link.zip").symlink_to(tmp_path / "there.zip")
+    glue.submit(predictions, tmp_path / "link.zip")
+    assert (tmp_path / "link.zip").is_symlink() and zipfile.is_zipfile(tmp_path / "there.zip")
 
 
 def test_files_the_server_does_not_know(tmp_path, predictions, capsys):
     """Catches predictions left out of the archive, since their file has another name."""
-    (predictions / "AX.tsv").rename(predictions / "mnli-mm.tsv")
     arguments = ["submit", "--out", str(tmp_path / "s.zip"), "--predictions"]
-    refused(capsys, glue.main([*arguments, str(predictions)]), "did you mean MNLI-mm.tsv?")
+    for name, meant in (("mnli-mm.tsv", "MNLI-mm"), ("rte.tsv", "RTE"), ("AX.TSV", "AX")):
+        put(predictions / name, "index|prediction\n")
+        refused(
+            capsys, glue.main([*arguments, str(predictions)]), name, f"did you mean {meant}.tsv?"
+        )
+        (predictions / name).unlink()
     refused(capsys, glue.main([*arguments, str(tmp_path / "no")]), "no: no such folder")
     (tmp_path / "empty").mkdir()
     refused(capsys, glue.main([*arguments, str(tmp_path / "empty")]), "no predictions in it")

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import random
 import re
+import stat
 import subprocess
 import sys
 from dataclasses import replace
@@ -325,10 +327,13 @@ def test_scores_of_your_own(files, center, spread):
         assert np.abs(said - gold).mean() < 0.5 * spread  # a constant would be 1.2 spreads off
 
 
-def test_constant_scores_are_refused(files, capsys):
-    """Catches a division by a standard deviation of 0."""
-    folder = own_data(files / "mine", ["3"])
-    refused(capsys, distil(files, folder, "--regression"), "every training score is 3")
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("labels", ["3 3", "1.7e9 1700000100", "1e200 2e200", "1e-50 2e-50"])
+def test_scores_that_float32_cannot_tell_apart(files, capsys, labels):
+    """Catches a division by 0, a training that ends in NaN, and predictions that are all alike."""
+    folder = own_data(files / "mine", labels.split())
+    refused(capsys, distil(files, folder, "--regression"), "mean", "standard deviation", "float32")
+    assert not (files / "out/log.jsonl").exists()
 
 
 def test_text_is_enough_to_predict(files, capsys):
@@ -440,6 +445,42 @@ def test_labels_in_another_order_are_remapped(files, capsys):
     distil_out = ("--task", "MNLI", "--teacher", files / "turned", "--out", files / "out", *QUICK)
     assert run(files, *distil_out, "--force") == 0
     assert load_bert(files / "out/student").config.labels == wanted
+
+
+def test_classes_that_are_called_label_are_matched_by_name(files, capsys):
+    """Catches LABEL_10 taken for LABEL_2, since sorted order is not the order of the numbers."""
+    labels = [f"LABEL_{i}" for i in range(11)]
+    folder = own_data(files / "mine", labels)
+    model = Bert(shape(labels=tuple(labels)))
+    torch.nn.init.zeros_(model.classifier.weight)
+    with torch.no_grad():
+        model.classifier.bias[10] = 9.0
+    save_bert(model, files / "t", tokenizer_from=files / "bert")
+    capsys.readouterr()
+    assert run(files, "predict", files / "t", "--task", folder) == 0
+    said = {line.split("\t")[1] for line in capsys.readouterr().out.splitlines()[1:]}
+    assert said == {"LABEL_10"}
+
+
+def test_predictions_do_not_take_the_place_of_data(files, capsys):
+    """Catches --out that overwrites the text it predicts, a device, or a link."""
+    labels = glue.TASKS["RTE"].labels
+    save_bert(Bert(shape(labels=labels)), files / "t", tokenizer_from=files / "bert")
+    options = ("predict", files / "t", "--task", "RTE", "--max-length", "24", "--out")
+    path = files / "RTE/dev.tsv"
+    before = path.read_bytes()
+    refused(capsys, run(files, *options, path), path, "holds no predictions")
+    assert path.read_bytes() == before
+    (files / "link").symlink_to(files / "there.tsv")
+    for _ in range(2):  # predictions may be written again
+        assert run(files, *options, files / "link") == 0
+    assert (files / "link").is_symlink() and (files / "there.tsv").read_text().startswith("index")
+    os.mkfifo(files / "pipe")
+    reader = os.open(files / "pipe", os.O_RDWR | os.O_NONBLOCK)
+    assert run(files, *options, files / "pipe") == 0
+    assert stat.S_ISFIFO((files / "pipe").stat().st_mode)
+    assert os.read(reader, 99999) == (files / "there.tsv").read_bytes()
+    os.close(reader)
 
 
 def test_labels_of_another_task_are_refused(files, capsys):

@@ -24,6 +24,12 @@ QUICK = ["--epochs", "1", "--teacher-epochs", "1", "--batch-size", "8", "--devic
          "--transfer", "0.5", "--max-length", "24"]  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    """Experts fitted in less time; the built-in task's run, a process of its own, has them all."""
+    monkeypatch.setitem(microbert.fit_experts.__kwdefaults__, "steps", 30)
+
+
 @pytest.fixture
 def files(tmp_path):
     """A folder with an untrained BERT checkpoint and GLUE tasks of random sentences."""
@@ -307,12 +313,12 @@ def test_classes_of_your_own(files, capsys, classes, texts):
     refused(capsys, distil(files, folder, out="new"), folder / "train.tsv", "no such file")
 
 
-@pytest.mark.parametrize("center, spread", [(0.0, 1.0), (-5e4, 2000.0), (0.5, 1e-3)])
+@pytest.mark.parametrize("center, spread", [(-5e4, 2000.0), (0.5, 1e-3)])
 def test_scores_of_your_own(files, center, spread):
     """Catches scores learnt on a scale that only GLUE's 0..5 has, and answers on another scale."""
     labels = [str(center + spread * (i - 2)) for i in range(5)]
     folder = own_data(files / "mine", labels)
-    options = ("--regression", "--teacher-epochs", "40", "--epochs", "20", "--teacher-lr", "3e-3")
+    options = ("--regression", "--teacher-epochs", "30", "--epochs", "12", "--teacher-lr", "3e-3")
     assert distil(files, folder, *options) == 0
     results = json.loads((files / "out/results.json").read_text())
     gold = glue.read(glue.own_task(folder, regression=True), "", "dev").labels

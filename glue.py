@@ -106,11 +106,14 @@ _MARKS = {  # columns that only one task has: they tell a file that lies in anot
 _AX_PATHS = ("AX/diagnostic.tsv", "diagnostic/diagnostic.tsv", "MNLI/diagnostic.tsv", "AX/AX.tsv")
 
 
-def find_task(name: str, *, regression: bool = False, labels: Sequence[str] = ()) -> Task:
+def find_task(name: str | Task, *, regression: bool = False, labels: Sequence[str] = ()) -> Task:
     """GLUE's task of that name, in any case and with or without its hyphen, or `own_task(name)`.
 
+    A Task is returned as it is.
     Raises ValueError naming the nearest task for a name that is neither.
     """
+    if isinstance(name, Task):
+        return name
     plain = {key.replace("-", "").lower(): key for key in TASKS}
     wanted = name.replace("-", "").replace("_", "").lower()
     if wanted in plain and regression:
@@ -191,7 +194,7 @@ def read(
     anything in it that the task's format does not allow. Rows are never dropped, except that QQP's
     few short rows in train and dev are skipped and counted in one line on stderr.
     """
-    task = find_task(task) if isinstance(task, str) else task
+    task = find_task(task)
     path = _path(task, Path(data_dir), split)
     if not (task.folder or path.exists()):
         raise FileNotFoundError(
@@ -349,10 +352,18 @@ def f1(labels: np.ndarray, predictions: np.ndarray) -> float:
 
 def macro_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
     """Mean of the F1 of every class that occurs on either side, 0..1."""
+    t, p, hits = _class_counts(labels, predictions)
+    return float(np.mean(2 * hits / (t + p)))
+
+
+def _class_counts(
+    labels: np.ndarray, predictions: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How often each class is the label, the prediction, and both: (C,) each."""
     classes, flat = np.unique(np.concatenate([labels, predictions]), return_inverse=True)
     true, said = flat[: len(labels)], flat[len(labels) :]
-    hits = np.bincount(true[true == said], minlength=len(classes))
-    return float(np.mean(2 * hits / np.bincount(flat, minlength=len(classes))))
+    t, p, hits = (np.bincount(x, minlength=len(classes)) for x in (true, said, true[true == said]))
+    return t, p, hits
 
 
 def matthews(labels: np.ndarray, predictions: np.ndarray) -> float:
@@ -360,11 +371,9 @@ def matthews(labels: np.ndarray, predictions: np.ndarray) -> float:
 
     Gorodkin 2004, R_K from the confusion matrix's counts, in exact integers up to the root.
     """
-    classes, flat = np.unique(np.concatenate([labels, predictions]), return_inverse=True)
-    true, said = flat[: len(labels)], flat[len(labels) :]
-    t = np.bincount(true, minlength=len(classes)).astype(object)  # Python ints never overflow
-    p = np.bincount(said, minlength=len(classes)).astype(object)
-    n, hits = len(labels), int(np.sum(true == said))
+    # as Python ints, which never overflow
+    t, p, right = (x.astype(object) for x in _class_counts(labels, predictions))
+    n, hits = len(labels), right.sum()
     spread = (n * n - (t * t).sum()) * (n * n - (p * p).sum())
     return float((hits * n - (t * p).sum()) / float(spread) ** 0.5) if spread else 0.0
 
@@ -417,7 +426,7 @@ def score(task: str | Task, labels: ArrayLike, predictions: ArrayLike) -> dict[s
     labels, predictions: (n,) class ids or scores. Raises ValueError where the lengths differ or
     are 0, for a metric of nothing is no number to print.
     """
-    task = find_task(task) if isinstance(task, str) else task
+    task = find_task(task)
     labels, predictions = np.asarray(labels), np.asarray(predictions)
     if labels.shape != predictions.shape or labels.ndim != 1 or not len(labels):
         raise ValueError(
@@ -435,7 +444,7 @@ def values(
 
     Raises ValueError for what is no class id, or a score that is no finite number.
     """
-    task = find_task(task) if isinstance(task, str) else task
+    task = find_task(task)
     if not task.regression:
         ids = np.asarray(predictions)
         if not np.isin(ids, np.arange(len(task.labels))).all():
@@ -465,6 +474,7 @@ def check(folder: str | Path, *, regression: bool = False) -> bool:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
+    absent = []
     if (name := folder.resolve().name) in TASKS:
         found, folder = [TASKS[name]], folder.resolve().parent
     elif any((folder / f"{split}.tsv").is_file() for split in Task.splits):
@@ -475,12 +485,12 @@ def check(folder: str | Path, *, regression: bool = False) -> bool:
             return False
     else:
         found = [task for task in TASKS.values() if _is_there(task, folder)]
+        absent = [name for name, task in TASKS.items() if task not in found]
     if not found:
         raise ValueError(f"{folder}: no GLUE task in it, {' '.join(TASKS)}; a folder each")
     print(_row("task", "split", "rows", "official", "columns", "words", "in train", "labels"))
     sound = all([_check_task(task, folder) for task in found])
-    absent = [name for name in TASKS if name not in {task.name for task in found}]
-    if name not in TASKS and not found[0].folder and absent:
+    if absent:
         print(f"not there: {' '.join(absent)}; python glue.py download {absent[0]} fetches one")
     return sound
 
@@ -512,8 +522,10 @@ def _check_task(task: Task, folder: Path) -> bool:
             sound = False
             continue
         known = sum(text in train for text in texts) if split.startswith("dev") else "-"
-        train |= set(texts) if split == "train" else set()
-        columns = path.read_bytes().split(b"\n", 1)[0].count(b"\t") + 1
+        if split == "train":
+            train = set(texts)
+        with path.open("rb") as file:
+            columns = file.readline().count(b"\t") + 1
         words = max(len(" ".join([t] if isinstance(t, str) else t).split()) for t in texts)
         shown = _label_counts(task, labels)
         print(_row(task.name, split, len(texts), official, columns, words, known, shown))
@@ -583,7 +595,7 @@ def download(
 
     Raises ValueError for what the server answered, OSError where it cannot be reached.
     """
-    task = find_task(task) if isinstance(task, str) else task
+    task = find_task(task)
     data_dir = Path(data_dir)
     wanted = {split: _path(task, data_dir, split) for split in task.splits}
     wanted = {split: path for split, path in wanted.items() if overwrite or not path.exists()}
@@ -619,17 +631,16 @@ def _fetch(url: str, path: Path, size: int, sha256: str, timeout: float) -> None
                 if live:
                     shown = f"{path.name} {done / 1e6:.1f} of {size / 1e6:.1f} MB"
                     print(f"\r{shown}", end="", file=sys.stderr, flush=True)
-    except urllib.error.HTTPError as error:
-        error.close()
-        reason = " ".join(str(error.reason).split())
-        raise ValueError(
-            f"{url}: the server answered {error.code} {reason}; --base-url names a mirror"
-        ) from None
     except TimeoutError:
         raise TimeoutError(f"{url}: nothing came for {timeout:g} s; try again later") from None
     except urllib.error.URLError as error:
         reason = " ".join(str(error.reason).split())
-        raise OSError(f"{url}: cannot be reached: {reason}") from None
+        if not isinstance(error, urllib.error.HTTPError):
+            raise OSError(f"{url}: cannot be reached: {reason}") from None
+        error.close()
+        raise ValueError(
+            f"{url}: the server answered {error.code} {reason}; --base-url names a mirror"
+        ) from None
     except (http.client.HTTPException, ConnectionError) as error:
         raise OSError(f"{url}: the connection broke after {done} bytes: {error!r}") from None
     finally:
@@ -658,10 +669,8 @@ def _mrpc(split: str, train: Path, test: Path, dev_ids: Path) -> list[str]:
     """GLUE's MRPC from Microsoft's files: dev is what dev_ids names; test loses its gold labels."""
     header, *rows = _lines(test if split == "test" else train)
     if split == "test":
-        _, columns = header.split("\t", 1)
-        return [f"index\t{columns}"] + [
-            f"{index}\t{row.split(chr(9), 1)[1]}" for index, row in enumerate(rows)
-        ]
+        ungraded = [row.partition("\t")[2] for row in (header, *rows)]
+        return ["\t".join(row) for row in zip(["index", *map(str, range(len(rows)))], ungraded)]
     ids = {tuple(line.split("\t")) for line in _lines(dev_ids)}
     in_dev = [tuple(row.split("\t")[1:3]) in ids for row in rows]
     return [header] + [row for row, inside in zip(rows, in_dev) if inside == (split == "dev")]

@@ -229,7 +229,8 @@ def test_broken_file_is_refused(tmp_path, task, split, content, message):
 
 def test_missing_file_and_folder(tmp_path):
     """Catches an error without the path, and a folder reported as missing."""
-    with pytest.raises(FileNotFoundError, match=r"SST-2.train\.tsv: no such file"):
+    hint = rf"SST-2.train\.tsv: no such file; .* glue\.py download SST-2 --data-dir {tmp_path}"
+    with pytest.raises(FileNotFoundError, match=hint):
         glue.read("SST-2", tmp_path, "train")
     (tmp_path / "SST-2/train.tsv").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"SST-2.train\.tsv: a folder"):

@@ -260,7 +260,7 @@ def test_check_of_one_task(tmp_path, small, capsys):
     for split, content in (("train", TRAIN), ("dev", DEV), ("test", TEST)):
         put(tmp_path / f"RTE/{split}.tsv", content)
     assert glue.main(["check", str(tmp_path / "RTE")]) == 0
-    put(tmp_path / "RTE/train.tsv", DEV)
+    put(tmp_path / "RTE/train.tsv", TRAIN[: TRAIN.index("2\tf")])  # would do as own data
     assert glue.main(["check", str(tmp_path / "RTE")]) == 1
     put(tmp_path / "RTE/train.tsv", TRAIN)
     (tmp_path / "QQP").mkdir()
@@ -276,14 +276,18 @@ def test_check_of_several_tasks(tmp_path, small, capsys):
     for split, content in (("train", header + rows), ("dev", header + rows[: 2 * row])):
         put(tmp_path / f"QQP/{split}.tsv", content)
     put(tmp_path / "QQP/test.tsv", "id|question1|question2\n0|a|b\n")
-    label = "index|sentence1|sentence2|gold_label\n0|a|b|neutral\n"
-    for split in glue.TASKS["MNLI"].splits:
-        put(tmp_path / f"MNLI/{split}.tsv", label)
+    label = "index|sentence1|sentence2|gold_label\n0|{}|b|neutral\n"
+    for split, first in zip(glue.TASKS["MNLI"].splits, "axxaa"):
+        put(tmp_path / f"MNLI/{split}.tsv", label.format(first))
     assert glue.main(["check", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "0:0 1:5" in shown and "not there: RTE;" in shown
     known = [line.split()[6] for line in shown.splitlines() if line.startswith("MNLI")]
-    assert known == ["-", "1", "1", "-", "-"]  # of train, both dev and both test sets
+    assert known == ["-", "0", "0", "-", "-"]  # of train, both dev and both test sets
+    put(tmp_path / "MNLI/dev_mismatched.tsv", label.format("a"))
+    assert glue.main(["check", str(tmp_path)]) == 0
+    known = [line.split()[6] for line in capsys.readouterr().out.splitlines() if "MNLI " in line]
+    assert known == ["-", "0", "1", "-", "-"]
     put(tmp_path / "QQP/train.tsv", header + rows[: 2 * row])
     assert glue.main(["check", str(tmp_path)]) == 0  # 3 rows fewer
     put(tmp_path / "QQP/train.tsv", header + rows[:row])
@@ -375,6 +379,7 @@ class Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):  # until the client has had enough
             for _ in range(400 if mode == "long" else 0):
                 self.wfile.write(b"x" * (1 << 20))
+                self.server.megabytes += 1
 
     def log_message(self, *arguments):
         pass
@@ -390,7 +395,7 @@ def server(monkeypatch):
     }  # fmt: skip
     monkeypatch.setattr(glue, "_SOURCES", sums)
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.mode, http.asked = None, []
+    http.mode, http.asked, http.megabytes = None, [], 0
     http.url = f"http://127.0.0.1:{http.server_port}"
     thread = threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True)
     thread.start()
@@ -482,6 +487,7 @@ def test_failed_downloads(server, tmp_path, capsys, mode, needles):
     server.mode = mode
     code = fetch(server, tmp_path, "RTE", "--overwrite", "--timeout", "0.3")
     refused(capsys, code, server.url, *needles)
+    assert server.megabytes < 50  # of the 400 that the one without an end would send
     assert tree(tmp_path) == ["RTE", "RTE/dev.tsv"]
     assert (tmp_path / "RTE/dev.tsv").read_text() == "mine"
     server.mode = "unsized"  # and the next attempt starts cleanly

@@ -100,14 +100,21 @@ class Encoded:
         return len(self.offsets) - 1
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence, chunk: int = 4096) -> Encoded:
+def encode(tokenizer: Tokenizer, texts: Sequence, chunk: int = 1024) -> Encoded:
     """Encodes sentences, or (first, second) pairs, in chunks that bound the memory taken."""
+    encode_batch = getattr(tokenizer, "encode_batch_fast", tokenizer.encode_batch)
     ids, type_ids, lengths = [np.zeros(0, np.int32)], [np.zeros(0, np.uint8)], [0]
     for start in range(0, len(texts), chunk):
-        encodings = tokenizer.encode_batch(texts[start : start + chunk])
-        ids.append(np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int32))
-        type_ids.append(np.fromiter(chain.from_iterable(e.type_ids for e in encodings), np.uint8))
-        lengths += map(len, encodings)
+        some = texts[start : start + chunk]
+        encodings = encode_batch(some)
+        found = [encoding.ids for encoding in encodings]
+        ids.append(np.fromiter(chain.from_iterable(found), np.int32))
+        lengths += map(len, found)
+        if all(isinstance(text, str) for text in some):  # no second texts
+            type_ids.append(np.zeros(len(ids[-1]), np.uint8))
+        else:
+            segments = (encoding.type_ids for encoding in encodings)
+            type_ids.append(np.fromiter(chain.from_iterable(segments), np.uint8))
     return Encoded(np.concatenate(ids), np.concatenate(type_ids), np.cumsum(lengths))
 
 
@@ -150,7 +157,7 @@ def bucketed_batches(
     return [cut[i] for i in rng.permutation(len(cut))]
 
 
-def sorted_batches(lengths: np.ndarray, max_tokens: int = 8192) -> Iterator[np.ndarray]:
+def sorted_batches(lengths: np.ndarray, max_tokens: int = 2048) -> Iterator[np.ndarray]:
     """Rows in order of length, as many to a batch as max_tokens allow, padding included."""
     order = np.argsort(lengths, kind="stable")
     start = 0

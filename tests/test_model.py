@@ -192,8 +192,8 @@ def test_both_halves_of_a_layer_drop(silenced):
 
 def test_classifier_dropout_defaults_to_hidden():
     """Catches None read as no dropout, and a 0 read as None."""
-    assert tiny(hidden_dropout_prob=0.3).head_dropout.p == 0.3
-    assert tiny(hidden_dropout_prob=0.3, classifier_dropout=0.0).head_dropout.p == 0.0
+    assert tiny(hidden_dropout_prob=0.3).head_dropout == 0.3
+    assert tiny(hidden_dropout_prob=0.3, classifier_dropout=0.0).head_dropout == 0.0
 
 
 def test_too_many_tokens():

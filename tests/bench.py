@@ -1,0 +1,424 @@
+"""Ratios of speed: this code against `transformers`, the usual distillation loops and the machine.
+
+    python tests/bench.py --bert all-MiniLM-L6-v2 --data-dir glue [--rows step,loops] [--json FILE]
+
+Every ratio comes from alternating runs in one call, the median of --repeats (5); above 1 is in our
+favour unless the row says otherwise. `transformers` is needed only by the rows that name it. Leave
+the machine alone meanwhile; of two torch processes at once each would lose far more than half.
+"""
+
+# ruff: noqa: E501
+
+import argparse
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+import glue  # noqa: E402
+import microbert as mb  # noqa: E402
+
+BATCH = 32
+KEEP = (2, 4, 6)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Setting:
+    """What the rows share: the checkpoint, the texts of two tasks, the number of repeats."""
+
+    def __init__(self, options):
+        self.bert, self.repeats = options.bert, options.repeats
+        self.data_dir = options.data_dir
+        self.tokenizer = data.load_tokenizer(self.bert)
+        self.texts = {t: glue.read(t, self.data_dir, "train").texts for t in ("SST-2", "MRPC")}
+        self.all = {t: data.encode(self.tokenizer, x) for t, x in self.texts.items()}
+        self.encoded = {t: first(x, 3584) for t, x in self.all.items()}
+
+    def teacher(self):
+        torch.manual_seed(0)
+        return mb.load_bert(self.bert, labels=("0", "1"))
+
+    def config(self, precision):
+        return mb.settle(mb.DistillConfig(device="cpu", precision=precision))
+
+    def batches(self, task, count, *, bucketed):
+        """Rows of training batches, as our loop takes them or in random order."""
+        encoded = self.encoded[task]
+        if bucketed:
+            return data.bucketed_batches(encoded.lengths, BATCH, seed=0, epoch=0)[:count]
+        order = np.random.default_rng(0).permutation(len(encoded))
+        return [order[i * BATCH : (i + 1) * BATCH] for i in range(count)]
+
+
+def first(encoded, count):
+    """The first texts alone."""
+    return replace(encoded, offsets=encoded.offsets[: count + 1])
+
+
+def seconds(run):
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def alternate(runs, repeats):
+    """Median seconds of each of these, run in turn after one unmeasured round."""
+    taken = [[seconds(run) for run in runs] for _ in range(repeats + 1)][1:]
+    return [statistics.median(column) for column in zip(*taken)]
+
+
+def row(name, ratio, target, detail):
+    line = {"row": name, "ratio": round(ratio, 3), "target": target, "detail": detail}
+    print(f"{name:66} {ratio:6.2f}   {target:>7}   {detail}", flush=True)
+    return line
+
+
+# --- inference -----------------------------------------------------------------------------------
+
+
+def forward(s):
+    """Our encoder against transformers' on the same batches, and on batches as they come."""
+    from transformers import AutoModelForSequenceClassification
+
+    ours, folder = s.teacher().eval(), tempfile.mkdtemp()
+    mb.save_bert(ours, folder, tokenizer_from=s.bert)
+    theirs = AutoModelForSequenceClassification.from_pretrained(
+        folder, attn_implementation="sdpa"
+    ).eval()
+    for precision in ("fp32", "bf16"):
+        cast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+        for task in ("SST-2", "MRPC"):
+            encoded = s.encoded[task]
+            batches = [data.collate(encoded, rows) for rows in s.batches(task, 12, bucketed=False)]
+            sizes = encoded.lengths[:1024]
+            sorted_rows = list(data.sorted_batches(sizes))
+            random_rows = np.random.default_rng(0).permutation(1024).reshape(-1, BATCH)
+
+            def run(model, batches=batches, cast=cast):
+                with torch.no_grad(), cast:
+                    for batch in batches:
+                        model(**batch)
+
+            def as_they_come(model, rows, encoded=encoded, cast=cast):
+                with torch.no_grad(), cast:
+                    for some in rows:
+                        model(**data.collate(encoded, some))
+
+            a, b = alternate([lambda: run(ours), lambda: run(theirs)], s.repeats)
+            yield row(f"forward, {task}, {precision}, same batches",
+                      b / a, ">= 1.0", f"{12 * BATCH / a:.0f} and {12 * BATCH / b:.0f} ex/s")  # fmt: skip
+            a, b = alternate(
+                [
+                    lambda: as_they_come(ours, sorted_rows),
+                    lambda: as_they_come(theirs, random_rows),
+                ],
+                s.repeats,
+            )
+            yield row(f"forward, {task}, {precision}, sorted against as they come",
+                      b / a, ">= 1.3", f"{1024 / a:.0f} and {1024 / b:.0f} ex/s")  # fmt: skip
+
+
+def predict(s):
+    """2,000 sentences of mixed lengths from file to file, models loaded on the way."""
+    from transformers import pipeline
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    pairs = s.texts["MRPC"][:1000]
+    texts = s.texts["SST-2"][:1000] + [first for first, _ in pairs]
+    random.Random(0).shuffle(texts)
+    work = Path(tempfile.mkdtemp())
+    student = mb.prune(s.teacher(), KEEP)
+    mb.save_bert(student, work / "student", tokenizer_from=s.bert)
+    lines = [f"{text}\t{i % 2}\n" for i, text in enumerate(texts)]
+    for split in ("train", "dev", "test"):
+        (work / f"{split}.tsv").write_text("sentence\tlabel\n" + "".join(lines), encoding="utf-8")
+
+    def ours():
+        config = mb.DistillConfig(
+            checkpoint=str(work / "student"), task=str(work), split="test", device="cpu",
+            out=str(work / "ours.tsv"),
+        )  # fmt: skip
+        mb.predict(mb.settle(config))
+
+    def theirs():
+        pipe = pipeline("text-classification", model=str(work / "student"), device="cpu")
+        stored = (work / "test.tsv").read_text(encoding="utf-8").split("\n")[1:-1]
+        found = pipe([line.split("\t")[0] for line in stored], batch_size=32, truncation=True)
+        answers = "".join(f"{i}\t{answer['label']}\n" for i, answer in enumerate(found))
+        (work / "theirs.tsv").write_text("index\tprediction\n" + answers)
+
+    a, b = alternate([ours, theirs], s.repeats)
+    same = (work / "ours.tsv").read_text() == (work / "theirs.tsv").read_text()
+    yield row("predict, file to file, fp32, against a transformers pipeline", b / a, ">= 3",
+              f"{2000 / a:.0f} and {2000 / b:.0f} ex/s, {'same' if same else 'OTHER'} answers")  # fmt: skip
+
+
+def depth(s):
+    """What half the layers save."""
+    teacher = s.teacher().eval()
+    student = mb.prune(teacher, KEEP).eval()
+    for precision in ("fp32", "bf16"):
+        for task in ("SST-2", "MRPC"):
+            encoded, config = first(s.encoded[task], 1024), s.config(precision)
+            a, b = alternate(
+                [
+                    lambda e=encoded, c=config: mb.predict_logits(student, e, c),
+                    lambda e=encoded, c=config: mb.predict_logits(teacher, e, c),
+                ],
+                s.repeats,
+            )
+            yield row(f"student of 3 layers, {task}, {precision}, of its 6-layer teacher's speed",
+                      b / a, ">= 1.95", f"{len(encoded) / a:.0f} and {len(encoded) / b:.0f} ex/s")  # fmt: skip
+
+
+def start(s):
+    """Time to the first answer of a new process."""
+    work = Path(tempfile.mkdtemp())
+    mb.save_bert(mb.prune(s.teacher(), KEEP), work / "student", tokenizer_from=s.bert)
+    (work / "test.tsv").write_text("sentence\nhow long does it take\n")
+    weights = work / "student/model.safetensors"
+    least = f"import torch, tokenizers; torch.load({str(work / 'weights.pt')!r})"
+    torch.save(mb.read_safetensors(weights), work / "weights.pt")
+    ours = [ROOT / "microbert.py", "predict", work / "student", "--task", work, "--split", "test"]
+
+    def run(*command):
+        subprocess.run([sys.executable, *command], check=True, capture_output=True)
+
+    a, b = alternate([lambda: run(*ours), lambda: run("-c", least)], max(s.repeats, 9))
+    yield row("predict one sentence, of the time of imports and reading the weights (less is better)",
+              a / b, "<= 1.3", f"{a:.2f} and {b:.2f} s")  # fmt: skip
+
+
+def encode(s):
+    """Encoding to arrays against the tokenizers library alone."""
+    texts = s.texts["SST-2"]
+    a, b = alternate(
+        [lambda: data.encode(s.tokenizer, texts), lambda: s.tokenizer.encode_batch(texts)],
+        s.repeats,
+    )
+    yield row("encoding SST-2 train, of encode_batch's speed", b / a, ">= 0.9",
+              f"{len(texts) / a:.0f} and {len(texts) / b:.0f} texts/s")  # fmt: skip
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def distillation(s, task, teacher, config):
+    """Our objective with everything on, over a cache of the task's first texts."""
+    encoded = s.encoded[task]
+    labels = torch.zeros(len(encoded))
+    path = Path(tempfile.mkdtemp()) / "cache.f16"
+    cache = mb.teacher_pass(teacher, encoded, labels, KEEP, config, path)
+    experts = mb.SentenceExperts(len(KEEP), teacher.config.hidden_size, config.expert_size, 2)
+    return mb.Distillation(cache, experts.eval().requires_grad_(False), config)
+
+
+def training_step(student, optimizer, encoded, objective, config):
+    """One step of `microbert.train`, line for line."""
+
+    def step(rows):
+        batch = data.collate(encoded, rows)
+        with mb.autocast(config):
+            output = student(**batch)
+        terms = objective(output, batch["attention_mask"], torch.from_numpy(rows), 0.7)
+        torch.stack(list(terms.values())).sum().backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), config.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def step(s):
+    """The full method's step against plain fine-tuning's, and against the matrix products in it."""
+    for precision in ("fp32", "bf16"):
+        for task in ("SST-2", "MRPC"):
+            config, teacher = s.config(precision), s.teacher()
+            full = distillation(s, task, teacher, config)
+            plain = mb.Distillation(full.cache, None, replace(
+                config, moe=False, fal=False, gan=False, soft=False))  # fmt: skip
+            student = mb.prune(teacher, KEEP).train()
+            encoded, _ = mb.only_seen_words(student, s.all[task])
+            optimizer = mb.adamw(student, 1e-5, 0.01)
+            batches = s.batches(task, 24, bucketed=True)
+            steps = [
+                training_step(student, optimizer, encoded, objective, config)
+                for objective in (full, plain)
+            ]
+            a, b = alternate(
+                [lambda do=do, rows=batches: [do(some) for some in rows] for do in steps],
+                s.repeats,
+            )
+            yield row(f"full-method step, {task}, {precision}, of fine-tuning's time (less is better)",
+                      a / b, "<= 1.10", f"{1e3 * a / 24:.1f} and {1e3 * b / 24:.1f} ms")  # fmt: skip
+            products = Products()
+            with products:
+                for some in batches:
+                    steps[0](some)
+            a, b = alternate(
+                [lambda: [steps[0](some) for some in batches], products.again], s.repeats
+            )
+            yield row(f"full-method step, {task}, {precision}, of its matrix products' own speed",
+                      b / a, ">= 0.6", f"{products.flops / a / 1e9:.0f} and "
+                      f"{products.flops / b / 1e9:.0f} GFLOP/s")  # fmt: skip
+
+
+class Products(TorchDispatchMode):
+    """Collects the matrix products that are computed inside; `again` computes them alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.flops, self.tensors = {}, 0, {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.__name__.split(".")[0]
+        if name in ("mm", "addmm", "bmm"):
+            first, second = [a for a in arguments if isinstance(a, torch.Tensor)][-2:]
+            key = (name, first.dtype, *((t.shape, t.stride()) for t in (first, second)))
+            self.found[key] = self.found.get(key, 0) + 1
+            self.flops += 2 * first.numel() * second.shape[-1]
+        return function(*arguments, **(options or {}))
+
+    def tensor(self, dtype, shape, stride):
+        """One tensor for each shape and layout: the numbers do not matter."""
+        if (dtype, shape, stride) not in self.tensors:
+            self.tensors[dtype, shape, stride] = torch.empty_strided(
+                shape, stride, dtype=dtype
+            ).fill_(0.5)
+        return self.tensors[dtype, shape, stride]
+
+    def again(self):
+        for (name, dtype, first, second), count in self.found.items():
+            a, b = self.tensor(dtype, *first), self.tensor(dtype, *second)
+            for _ in range(count):
+                torch.bmm(a, b) if name == "bmm" else torch.mm(a, b)
+
+
+def usual_loop(s, task, precision, *, fair):
+    """The loop that most distillation code has, as a function of one batch of rows.
+
+    The teacher's forward pass in every step, squared error of the hidden states token by token and
+    KL of the softened answers; padded to 128 tokens and the default AdamW, or, made fair, padded
+    to the longest of the batch and the fused AdamW.
+    """
+    teacher, cast = s.teacher().eval().requires_grad_(False), mb.autocast(s.config(precision))
+    student = mb.prune(teacher, KEEP).train()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True if fair else None)
+    encoded = s.encoded[task]
+
+    def do(rows):
+        batch = data.collate(encoded, rows)
+        if not fair:
+            batch = {k: F.pad(v, (0, 128 - v.shape[1])) for k, v in batch.items()}
+        with cast:
+            with torch.no_grad():
+                wanted = teacher(**batch)
+            output = student(**batch)
+        loss = mb.soft_loss(output.logits.float(), wanted.logits.float(), 2.0)
+        for layer, kept in enumerate(KEEP, 1):
+            target = wanted.hidden_states[kept].float()
+            loss = loss + F.mse_loss(output.hidden_states[layer].float(), target)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+
+    return do
+
+
+def loops(s):
+    """Three epochs with one teacher pass against loops with a teacher in every step."""
+    for precision in ("bf16", "fp32"):
+        for task in ("SST-2", "MRPC"):
+            config, teacher, encoded = s.config(precision), s.teacher(), s.encoded[task]
+            count = 16 * BATCH
+            some = first(encoded, count)
+            usual = usual_loop(s, task, precision, fair=False)
+            fair = usual_loop(s, task, precision, fair=True)
+            student = mb.prune(teacher, KEEP)
+            quiet, path = Quiet(), Path(tempfile.mkdtemp()) / "cache.f16"
+            experts = mb.SentenceExperts(3, teacher.config.hidden_size, config.expert_size, 2)
+            experts.eval().requires_grad_(False)
+
+            def ours():
+                cache = mb.teacher_pass(teacher, some, torch.zeros(count), KEEP, config, path)
+                objective = mb.Distillation(cache, experts, config)
+                mb.train(student, some, objective, config, quiet, epochs=3, lr=1e-5)
+
+            drawn = s.batches(task, 16, bucketed=False)
+            a, b, c = alternate(
+                [ours, lambda: [usual(r) for r in drawn[:4]], lambda: [fair(r) for r in drawn]],
+                s.repeats,
+            )
+            a, b, c = 3 * count / a, 4 * BATCH / b, count / c  # examples per second
+            yield row(f"distillation, {task}, {precision}, of the usual loop's speed", a / b,
+                      ">= 6", f"{a:.0f} and {b:.0f} ex/s")  # fmt: skip
+            yield row(f"distillation, {task}, {precision}, of the usual loop's made fair", a / c,
+                      ">= 2.5", f"{a:.0f} and {c:.0f} ex/s")  # fmt: skip
+
+
+class Quiet:
+    """A log that says nothing."""
+
+    def step(self, *_):
+        pass
+
+
+def memory(s):
+    """Peak resident memory of distilling all of SST-2, one pass over training and transfer text."""
+    work = Path(tempfile.mkdtemp())
+    mb.save_bert(s.teacher(), work / "teacher", tokenizer_from=s.bert)
+    command = [sys.executable, ROOT / "microbert.py", "--task", "SST-2", "--data-dir", s.data_dir,
+               "--teacher", work / "teacher", "--out", work / "run", "--epochs", "1", "--force",
+               "--device", "cpu"]  # fmt: skip
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+    cache = next(line for line in printed.split("\n") if line.startswith("cache"))
+    yield row("distilling SST-2, peak resident memory in GB (less is better)", peak, "<= 2.0",
+              cache.replace(f"{work}/run/", ""))  # fmt: skip
+
+
+ROWS = {f.__name__: f for f in (forward, predict, depth, start, encode, step, loops, memory)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--bert", required=True, help="folder of all-MiniLM-L6-v2")
+    parser.add_argument("--data-dir", required=True, help="folder of the GLUE files")
+    parser.add_argument("--rows", default=",".join(r for r in ROWS if r != "memory"),
+                        help="of " + ", ".join(ROWS) + " [all but memory, which takes long]")  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", help="file to write the rows to as well")
+    options = parser.parse_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU "
+          f"{torch.backends.cpu.get_cpu_capability()}, batches of {BATCH}, medians of "
+          f"{options.repeats}\n")  # fmt: skip
+    print(f"{'row':66} {'ratio':>6}   {'target':>7}   ours and theirs")
+    s, found = Setting(options), []
+    for name in options.rows.split(","):
+        found += ROWS[name](s)
+        if options.json:
+            about = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+            Path(options.json).write_text(json.dumps(about | {"rows": found}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

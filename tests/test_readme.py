@@ -42,7 +42,7 @@ def test_commands_of_the_readme_are_understood(readme):
     """Catches a command with a flag that was renamed."""
     blocks = re.findall(r"^```sh\n(.*?)^```$", readme, flags=re.M | re.S)
     lines = [line for block in blocks for line in block.splitlines()]
-    commands = [line.split("python microbert.py", 1)[1] for line in lines if "microbert.py" in line]
+    commands = [line.split(" microbert.py", 1)[1] for line in lines if "microbert.py" in line]
     commands += re.findall(r"`python microbert.py([^`\[]*)`", readme)
     assert len(commands) > 5
     for command in commands:

@@ -394,13 +394,17 @@ def prune(teacher: Bert, keep: Sequence[int]) -> Bert:
     theirs = {name: ours for ours, name in _tensor_names(range(layers)).items()}
     kept = _tensor_names([layer - 1 for layer in keep])
     state = {ours: source[theirs[name]].clone() for ours, name in kept.items()}
-    return _bert_of(replace(teacher.config, num_hidden_layers=len(keep)), state)
+    return _fill(_shell(replace(teacher.config, num_hidden_layers=len(keep))), state)
 
 
-def _bert_of(config: BertConfig, state: dict[str, Tensor]) -> Bert:
-    """A BERT that takes these tensors for its own; the parts they leave out are drawn at random."""
-    with torch.device("meta"):  # shapes without memory
-        model = Bert(config)
+def _shell(config: BertConfig) -> Bert:
+    """A BERT of shapes alone: nothing drawn, no memory taken."""
+    with torch.device("meta"):
+        return Bert(config)
+
+
+def _fill(model: Bert, state: dict[str, Tensor]) -> Bert:
+    """The shell with these tensors for its own; the parts they leave out are drawn at random."""
     model.load_state_dict(state, strict=False, assign=True)
     model.fresh = tuple(p for p in ("pooler", "classifier") if f"{p}.weight" not in state)
     for part in model.fresh:
@@ -428,14 +432,14 @@ def load_bert(path: str | Path, labels: Sequence[str] | None = None) -> Bert:
     if labels is not None:
         config = replace(config, labels=tuple(labels))
         stored = {name: t for name, t in stored.items() if not name.startswith("classifier.")}
-    with torch.device("meta"):  # shapes only: nothing is taken until the file is known to fit
-        shapes = {name: t.shape for name, t in Bert(config).state_dict().items()}
+    model = _shell(config)  # nothing is taken until the file is known to fit
+    shapes = {name: t.shape for name, t in model.state_dict().items()}
     names = _tensor_names(range(config.num_hidden_layers))
     heads = {"pooler": "bert.pooler.dense.", "classifier": "classifier."}
     fresh = [part for part, name in heads.items() if not any(k.startswith(name) for k in stored)]
     wanted = {ours: name for ours, name in names.items() if ours.split(".")[0] not in fresh}
     _refuse_misfits(source, {name: shapes[ours] for ours, name in wanted.items()}, stored)
-    model = _bert_of(config, {ours: stored[name].float() for ours, name in wanted.items()})
+    _fill(model, {ours: stored[name].float() for ours, name in wanted.items()})
     if set(fresh) - ({"classifier"} if labels is not None else set()):
         warnings.warn(f"{source}: no {' and '.join(fresh)} in it, drawn at random", stacklevel=2)
     return model.eval()

@@ -220,12 +220,12 @@ def encode(s):
 # --- training ------------------------------------------------------------------------------------
 
 
-def distillation(s, task, teacher, config):
-    """Our objective with everything on, over a cache of the task's first texts."""
-    encoded = s.encoded[task]
+def distillation(encoded, teacher, config):
+    """Our objective with everything on, over a cache of these texts made here."""
     labels = torch.zeros(len(encoded))
     path = Path(tempfile.mkdtemp()) / "cache.f16"
     cache = mb.teacher_pass(teacher, encoded, labels, KEEP, config, path)
+    path.unlink()  # mapped still
     experts = mb.SentenceExperts(len(KEEP), teacher.config.hidden_size, config.expert_size, 2)
     return mb.Distillation(cache, experts.eval().requires_grad_(False), config)
 
@@ -251,7 +251,7 @@ def step(s):
     for precision in ("fp32", "bf16"):
         for task in ("SST-2", "MRPC"):
             config, teacher = s.config(precision), s.teacher()
-            full = distillation(s, task, teacher, config)
+            full = distillation(s.encoded[task], teacher, config)
             plain = mb.Distillation(full.cache, None, replace(
                 config, moe=False, fal=False, gan=False, soft=False))  # fmt: skip
             student = mb.prune(teacher, KEEP).train()
@@ -353,14 +353,10 @@ def loops(s):
             usual = usual_loop(s, task, precision, fair=False)
             fair = usual_loop(s, task, precision, fair=True)
             student = mb.prune(teacher, KEEP)
-            quiet, path = Quiet(), Path(tempfile.mkdtemp()) / "cache.f16"
-            experts = mb.SentenceExperts(3, teacher.config.hidden_size, config.expert_size, 2)
-            experts.eval().requires_grad_(False)
 
             def ours():
-                cache = mb.teacher_pass(teacher, some, torch.zeros(count), KEEP, config, path)
-                objective = mb.Distillation(cache, experts, config)
-                mb.train(student, some, objective, config, quiet, epochs=3, lr=1e-5)
+                objective = distillation(some, teacher, config)
+                mb.train(student, some, objective, config, Quiet(), epochs=3, lr=1e-5)
 
             drawn = s.batches(task, 16, bucketed=False)
             a, b, c = alternate(
@@ -407,13 +403,21 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", help="file to write the rows to as well")
     options = parser.parse_args()
+    rows = options.rows.split(",")
+    if unknown := [name for name in rows if name not in ROWS]:
+        parser.error(f"--rows: no row {unknown[0]!r}, there are {', '.join(ROWS)}")
+    if options.repeats < 1:
+        parser.error(f"--repeats is {options.repeats}, expected at least 1")
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU "
           f"{torch.backends.cpu.get_cpu_capability()}, batches of {BATCH}, medians of "
           f"{options.repeats}\n")  # fmt: skip
     print(f"{'row':66} {'ratio':>6}   {'target':>7}   ours and theirs")
-    s, found = Setting(options), []
-    for name in options.rows.split(","):
+    try:
+        s, found = Setting(options), []
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    for name in rows:
         found += ROWS[name](s)
         if options.json:
             about = {"torch": torch.__version__, "threads": torch.get_num_threads()}

@@ -56,6 +56,9 @@ def load_tokenizer(folder: str | Path, max_length: int = 128) -> Tokenizer:
         raise
     except Exception as error:  # the library raises bare Exception for a file it cannot parse
         raise ValueError(f"{folder}: its tokenizer cannot be read: {error}") from None
+    unknown = getattr(tokenizer.model, "unk_token", None)
+    if unknown and tokenizer.token_to_id(unknown) is None:
+        raise ValueError(f"{folder}: its tokenizer lacks {unknown}, the token of unknown words")
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length, strategy="longest_first")
     return tokenizer
@@ -101,12 +104,19 @@ class Encoded:
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence, chunk: int = 1024) -> Encoded:
-    """Encodes sentences, or (first, second) pairs, in chunks that bound the memory taken."""
+    """Encodes sentences, or (first, second) pairs, in chunks that bound the memory taken.
+
+    Raises ValueError naming the text that is no Unicode (a lone surrogate) or no text at all.
+    """
     encode_batch = getattr(tokenizer, "encode_batch_fast", tokenizer.encode_batch)
     ids, type_ids, lengths = [np.zeros(0, np.int32)], [np.zeros(0, np.uint8)], [0]
     for start in range(0, len(texts), chunk):
         some = texts[start : start + chunk]
-        encodings = encode_batch(some)
+        try:
+            encodings = encode_batch(some)
+        except TypeError:
+            _refuse_odd_text(some, start)
+            raise
         found = [encoding.ids for encoding in encodings]
         ids.append(np.fromiter(chain.from_iterable(found), np.int32))
         lengths += map(len, found)
@@ -116,6 +126,19 @@ def encode(tokenizer: Tokenizer, texts: Sequence, chunk: int = 1024) -> Encoded:
             segments = (encoding.type_ids for encoding in encodings)
             type_ids.append(np.fromiter(chain.from_iterable(segments), np.uint8))
     return Encoded(np.concatenate(ids), np.concatenate(type_ids), np.cumsum(lengths))
+
+
+def _refuse_odd_text(texts: Sequence, start: int) -> None:
+    """Raises ValueError for the first of these texts, numbers start + 1 on, that is none."""
+    for number, text in enumerate(texts, start + 1):
+        parts = [text] if isinstance(text, str) else text
+        if not isinstance(parts, (list, tuple)) or not all(isinstance(p, str) for p in parts):
+            raise ValueError(f"text {number} is {text!r:.80}, expected a string or a pair of them")
+        for part in parts:
+            try:
+                part.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise ValueError(f"text {number}, character {error.start + 1}: {error}") from None
 
 
 def concatenate(first: Encoded, second: Encoded) -> Encoded:

@@ -17,6 +17,7 @@ copied into another project; below it, data.py and glue.py are needed too.
 """
 
 import argparse
+import io
 import json
 import math
 import os
@@ -25,8 +26,9 @@ import struct
 import sys
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -161,7 +163,7 @@ class DistillConfig:
     bert: str = opt("", "checkpoint folder of a pre-trained BERT, fine-tuned into the teacher")
     teacher: str = opt("", "checkpoint folder of a teacher already fine-tuned, in place of --bert")
     out: str = opt("", "folder to write [out]; for predict, file to write [standard output]")
-    overwrite: bool = opt(False, "replace the finished run that --out holds")
+    overwrite: bool = opt(False, "replace the run that --out holds: finished, or of other flags")
     force: bool = opt(False, "distil even a teacher that is no better than the majority label")
 
     layers: int = opt(0, "encoder layers the student keeps, evenly spaced; 0 is half the teacher's")
@@ -197,8 +199,12 @@ class DistillConfig:
         "'fp32', 'bf16' (autocast), or 'auto': bf16 to train where that is faster, else fp32",
     )
     log_every: int = opt(50, "steps between two lines of the log")
+    save_every: int = opt(500, "steps between two checkpoints, from which a killed run continues")
     checkpoint: str = opt("", "checkpoint folder, or the --out of a run, whose student it then is")
     split: str = opt("dev", "the split: 'dev', 'test', or for MNLI 'test_mismatched'")
+    text: Sequence[str] = opt((), "a text, or the two of a pair; none: --file or standard input")
+    file: str = opt("", "file of texts, one a line, a tab between the two of a pair")
+    json: bool = opt(False, "an object with all probabilities on each line")
 
 
 # --- encoder -------------------------------------------------------------------------------------
@@ -467,6 +473,10 @@ def _read_checkpoint(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     if not sound:
         raise ValueError(f"{path}: not a dict of tensors by name")
     for name, tensor in tensors.items():
+        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+            raise ValueError(
+                f"{path}: tensor {name!r} of {tuple(tensor.shape)} repeats its numbers"
+            )
         new = name.replace("LayerNorm.gamma", "LayerNorm.weight")
         new = new.replace("LayerNorm.beta", "LayerNorm.bias")
         new = f"bert.{new}" if new.startswith(("embeddings.", "encoder.", "pooler.")) else new
@@ -535,8 +545,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """json's object hook that refuses a key given twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"name {next(n for n in names if names.count(n) > 1)!r} twice")
+        once: set[str] = set()
+        twice = next(name for name, _ in pairs if name in once or once.add(name))
+        raise ValueError(f"name {twice[:80]!r} twice")
     return found
 
 
@@ -568,7 +579,7 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
         blocks.append(block)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    write_file(path, struct.pack("<Q", len(text)) + text + b"".join(blocks))
+    write_file(path, struct.pack("<Q", len(text)), text, *blocks)
 
 
 def save_bert(model: Bert, folder: str | Path, tokenizer_from: str | Path | None = None) -> None:
@@ -594,25 +605,38 @@ _TOKENIZER_FILES = (
 )
 
 
-def write_file(path: str | Path, content: bytes) -> None:
+def write_file(path: str | Path, *blocks: bytes | memoryview) -> None:
     """Writes a file whole or not at all: a temporary one beside it, flushed, then renamed.
 
-    Of several processes the first one writes.
+    Of several processes the first one writes. Raises OSError naming the file.
     """
     path = Path(path)
     if process()[0]:
         return
-    if path.exists() and not path.is_file():  # a pipe or device: nothing to put in its place
-        path.write_bytes(content)
-        return
     path = path.resolve()  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():  # a pipe or device: nothing to put in its place
+        with naming(path), path.open("wb") as file:
+            file.writelines(blocks)
+        return
     part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with naming(path), part.open("wb") as file:
+            file.writelines(blocks)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Says which file it was that could not be written; a full disk's own error does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}, writing", str(path)) from None
 
 
 # --- sentence features, mixture of experts, feature alignment ------------------------------------
@@ -851,8 +875,16 @@ class Distillation:
         self, cache: TeacherCache, experts: SentenceExperts | None, config: DistillConfig
     ) -> None:
         self.cache, self.experts, self.config = cache, experts, config
-        self.discriminator: Discriminator | None = None  # made at the first batch, on its device
         self.soft_weight = config.soft_weight if config.soft else 0.0
+        self.stateful: dict[str, Any] = {}  # what training it changes
+        if config.gan:
+            torch.manual_seed(config.seed)
+            fused = config.expert_size if experts is not None else cache.features.shape[-1]
+            self.discriminator = Discriminator(fused + cache.logits.shape[1])
+            self.in_parallel = in_parallel(self.discriminator.to(resolve_device(config.device)))
+            parameters = self.discriminator.parameters()
+            self.optimizer = torch.optim.Adam(parameters, lr=2e-4, betas=(0.5, 0.999))
+            self.stateful = {"discriminator": self.discriminator, "its optimizer": self.optimizer}
 
     def __call__(
         self, output: BertOutput, attention_mask: Tensor, rows: Tensor, progress: float
@@ -886,12 +918,6 @@ class Distillation:
 
     def contest(self, real: Tensor, fake: Tensor, progress: float) -> Tensor:
         """One step of the discriminator, then what it makes of the student: weighted, ()."""
-        if self.discriminator is None:
-            self.discriminator = Discriminator(real.shape[1]).to(real.device)
-            self.in_parallel = in_parallel(self.discriminator)
-            self.optimizer = torch.optim.Adam(
-                self.discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999)
-            )
         self.optimizer.zero_grad()
         discriminator_loss(self.in_parallel, real, fake).backward()
         self.optimizer.step()
@@ -914,39 +940,65 @@ def train(
     *,
     epochs: int,
     lr: float,
+    resume: "Resume | None" = None,
 ) -> None:
     """The one training loop; the objective decides whether it fine-tunes or distils.
 
     objective: (output, attention_mask (B, T), rows (B,), progress) -> named, weighted loss terms.
+    resume: saves the state now and then, and begins where one was saved.
+    Raises ValueError where a loss or gradient is not finite, before it moves a weight.
     """
     import data
 
     device, (rank, processes) = resolve_device(config.device), process()
     model.to(device).train()
     encoded, words = only_seen_words(model, encoded)
-    lengths, size = encoded.lengths, config.batch_size
+    size = config.batch_size
     steps = epochs * math.ceil(len(encoded) / size)
-    step, started = 0, time.perf_counter()
-    torch.manual_seed(config.seed + rank)  # dropout: each process draws its own
-    forward, optimizer = in_parallel(model), adamw(model, lr, config.weight_decay)
-    for epoch in range(epochs):
-        for rows in data.bucketed_batches(lengths, size, seed=config.seed, epoch=epoch):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * schedule(step / steps, config.warmup)
-            rows = rows[rank::processes] if len(rows) >= processes else rows
-            batch = {k: ship(v, device) for k, v in data.collate(encoded, rows).items()}
-            with autocast(config):
-                output = forward(**batch)
-            terms = objective(output, batch["attention_mask"], torch.from_numpy(rows), step / steps)
-            torch.stack(list(terms.values())).sum().backward()
-            nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            if step % config.log_every == 0 or step == steps:
-                log.step(step, steps, terms, optimizer.param_groups[0]["lr"], size, started)
+    optimizer = adamw(model, lr, config.weight_decay)
+    first = resume.restore(model, optimizer, objective, encoded, log) if resume else 0
+    forward, started = in_parallel(model), time.perf_counter()
+    batches = (
+        rows
+        for epoch in range(epochs)
+        for rows in data.bucketed_batches(encoded.lengths, size, seed=config.seed, epoch=epoch)
+    )
+    for step, rows in enumerate(islice(batches, first, None), first + 1):
+        seed_step(config.seed, rank, step)
+        progress = (step - 1) / steps
+        for group in optimizer.param_groups:
+            group["lr"] = lr * schedule(progress, config.warmup)
+        rows = rows[rank::processes] if len(rows) >= processes else rows
+        batch = {k: ship(v, device) for k, v in data.collate(encoded, rows).items()}
+        with autocast(config):
+            output = forward(**batch)
+        terms = objective(output, batch["attention_mask"], torch.from_numpy(rows), progress)
+        loss = torch.stack(list(terms.values())).sum()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        if not (loss + norm).isfinite():
+            raise ValueError(
+                f"{log.phase} step {step}: the loss is {loss.item():g} ("
+                + ", ".join(f"{name} {term.item():g}" for name, term in terms.items())
+                + f"), its gradient's norm {norm.item():g}; lower the learning rate"
+                + (f"; {resume.path} keeps the last good state" if resume else "")
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % config.log_every == 0 or step == steps:
+            rate = (step - first) * size / (time.perf_counter() - started)
+            log.step(step, steps, terms, optimizer.param_groups[0]["lr"], rate, size)
+        if resume and (step % config.save_every == 0 or step == steps):
+            resume.save(step, log)
     all_words(model, *words)
     model.eval()
+
+
+def seed_step(seed: int, rank: int, step: int) -> None:
+    """Dropout of a step depends on nothing before it, so a run that continues draws the same."""
+    import numpy as np
+
+    torch.manual_seed(int(np.random.SeedSequence([seed, rank, step]).generate_state(1)[0]))
 
 
 @torch.no_grad()
@@ -1087,14 +1139,22 @@ def teacher_pass(
     """Runs the teacher once over all texts and keeps its logits and the features of layers `keep`.
 
     path: the file that backs the features, 2 bytes * n * K * E * H of it. The processes of a
-    machine fill it together; every machine has its own.
+    machine fill it together; every machine has its own. Raises OSError where the disk lacks room.
     """
     part, parts = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     shape = (len(encoded), len(keep), 3, teacher.config.hidden_size)
+    print(f"cache: {path}, {2 * math.prod(shape) / 1e6:.0f} MB for {len(encoded)} texts")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if (
+        part == 0
+    ):  # a disk that were full only when the mapped file is filled would kill the process
+        with naming(path), path.open("wb") as file:
+            for _ in range(len(encoded)):
+                file.write(bytes(2 * math.prod(shape[1:])))
+    if dist.is_initialized():
+        dist.barrier()
     features = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.float16)
     features = features.view(shape)
-    print(f"cache: {path}, {2 * math.prod(shape) / 1e6:.0f} MB for {len(encoded)} texts")
     logits = torch.full((len(encoded), len(teacher.config.labels)), -torch.inf)
     for rows, mask, output in run_batches(teacher, encoded, config, part, parts):
         matched = [output.hidden_states[layer] for layer in keep]
@@ -1107,34 +1167,39 @@ class Log:
     """log.jsonl, one object a line, and the same for people on stdout."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.phase = path, ""
-        self.seconds: dict[str, float] = {}
+        self.path, self.phase, self.started = path, "", 0.0
+        self.seconds: dict[str, float] = {}  # of each phase, those before a kill included
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Names the phase of what is logged inside, and takes its time."""
-        self.phase, started = phase, time.perf_counter()
+        self.phase, self.started = phase, time.perf_counter()
         yield
-        self.seconds[phase] = time.perf_counter() - started
+        self.seconds = self.so_far()
+
+    def so_far(self) -> dict[str, float]:
+        """Seconds of each phase, up to now."""
+        before = self.seconds.get(self.phase, 0.0)
+        return self.seconds | {self.phase: before + time.perf_counter() - self.started}
 
     def write(self, **event: Any) -> None:
         if process()[0]:
             return
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"phase": self.phase} | event) + "\n")
 
     def step(
-        self, step: int, steps: int, terms: dict[str, Tensor], lr: float, size: int, started: float
+        self, step: int, steps: int, terms: dict[str, Tensor], lr: float, rate: float, size: int
     ) -> None:
-        """One line whose weighted terms, means over the processes, add up to the loss."""
+        """One line whose weighted terms, means over the processes, add up to the loss.
+
+        rate: examples per second; size: examples per step.
+        """
         values = torch.stack([term.detach() for term in terms.values()])
         if dist.is_initialized():
             dist.all_reduce(values)
         numbers = dict(zip(terms, (values / process()[1]).tolist()))
-        loss, seconds = sum(numbers.values()), time.perf_counter() - started
-        if not math.isfinite(loss):
-            raise ValueError(f"{self.phase} step {step}: the loss is {loss}, of terms {numbers}")
-        rate, eta = step * size / seconds, round(seconds / step * (steps - step))
+        loss, eta = sum(numbers.values()), round((steps - step) * size / rate)
         self.write(step=step, steps=steps, loss=loss, **numbers, lr=lr, examples_per_second=rate)
         parts = " + ".join(f"{name} {number:.4f}" for name, number in numbers.items())
         print(
@@ -1142,6 +1207,121 @@ class Log:
             f"{rate:.0f} ex/s | eta {eta // 60}:{eta % 60:02d}",
             flush=True,
         )
+
+
+# --- continuing a killed run ---------------------------------------------------------------------
+
+
+class Resume:
+    """resume.ckpt in --out: all that the same command needs to end as if it had not been killed.
+
+    8 hex digits, the CRC-32 of the rest; a line of JSON: flags, phase, step, seconds so far; then
+    torch.save of model, optimizer and discriminator. The one before is kept as resume.ckpt.old.
+    Everything else a run does again, to the same bits: the teacher's pass, experts, scores.
+
+    Raises ValueError where --out holds a finished run, or an unfinished one of other flags.
+    """
+
+    def __init__(
+        self, out: Path, config: DistillConfig, train_set: "glue.Examples", log: "Log"
+    ) -> None:
+        self.path, self.results = out / "resume.ckpt", out / "results.json"
+        self.old = self.path.with_suffix(".ckpt.old")
+        if self.results.exists() and not config.overwrite:
+            raise ValueError(f"{out} holds a finished run (results.json); --overwrite replaces it")
+        free = ("out", "overwrite", "checkpoint", *_ANSWER)
+        self.flags = {name: v for name, v in asdict(config).items() if name not in free}
+        text = repr([train_set.texts, list(train_set.labels)]).encode("utf-8", "backslashreplace")
+        self.flags |= {"crc of train.tsv": zlib.crc32(text), "processes": process()[1]}
+        found = [self._find() if not (self.results.exists() or process()[0]) else ({}, b"")]
+        if dist.is_initialized():  # --out may be on the first one's disk alone
+            dist.broadcast_object_list(found)
+        self.header, self.body = found[0]
+        before = self.header.get("flags", self.flags)
+        differing = [name for name in self.flags if self.flags[name] != before.get(name)]
+        if differing and config.overwrite:
+            self.header = {}
+        elif differing:
+            shown = [f"{k} was {before.get(k)!r}, is {self.flags[k]!r}" for k in differing]
+            raise ValueError(
+                f"{out} holds an unfinished run of other flags: {', '.join(shown)}; give it the "
+                "same again, or --overwrite to give it up"
+            )
+        log.seconds = self.header.get("seconds", {})
+
+    @property
+    def phase(self) -> str:
+        """The phase to continue; '' for a run that starts."""
+        return self.header.get("phase", "")
+
+    def _find(self) -> tuple[dict[str, Any], bytes]:
+        """Header and body of the newest checkpoint that is whole."""
+        for path in (self.path, self.old):
+            try:
+                raw = path.read_bytes()
+                crc, _, rest = raw.partition(b" ")
+                if crc == b"%08x" % zlib.crc32(rest):
+                    line, _, body = rest.partition(b"\n")
+                    return json.loads(line), body
+            except FileNotFoundError:
+                continue
+            print(f"note: {path} is torn, falls back to what was before it", file=sys.stderr)
+        return {}, b""
+
+    def begin(self, log: "Log") -> None:
+        """Gives up what --out holds, unless it is the run to continue."""
+        if not self.phase and not process()[0]:
+            for path in (self.path, self.old, self.results):
+                path.unlink(missing_ok=True)
+            write_file(log.path, b"")
+
+    def restore(
+        self, model: Bert, optimizer: Any, objective: Any, encoded: "data.Encoded", log: "Log"
+    ) -> int:
+        """Puts the saved state of this phase into its parts; returns the steps that are done.
+
+        Raises ValueError where the phase no longer starts from the same texts and weights.
+        """
+        self.parts = {"model": model, "optimizer": optimizer, **getattr(objective, "stateful", {})}
+        self.start = 0
+        for array in (encoded.ids, encoded.offsets, *model.state_dict().values()):
+            array = array.cpu().numpy() if isinstance(array, Tensor) else array
+            self.start = zlib.crc32(array, self.start)
+        if self.phase != log.phase:
+            return 0
+        if self.start != self.header["start"]:
+            raise ValueError(
+                f"{self.path}: the texts or weights that the {log.phase} started from have "
+                "changed since; --overwrite gives the unfinished run up"
+            )
+        try:
+            states = torch.load(io.BytesIO(self.body), map_location="cpu", weights_only=True)
+            for name, part in self.parts.items():
+                part.load_state_dict(states[name])
+        except Exception as error:  # whatever a foreign file makes torch raise
+            raise ValueError(f"{self.path}: no state of this run: {error!s:.200}") from None
+        self.body = b""
+        print(f"{log.phase}: continues after step {self.header['step']}")
+        return self.header["step"]
+
+    def save(self, step: int, log: "Log") -> None:
+        """Writes where the phase stands; the checkpoint before becomes the old one."""
+        if process()[0]:
+            return
+        body = io.BytesIO()
+        torch.save({name: part.state_dict() for name, part in self.parts.items()}, body)
+        header = {"phase": log.phase, "step": step, "start": self.start, "flags": self.flags}
+        line = json.dumps(header | {"seconds": log.so_far()}).encode() + b"\n"
+        crc = b"%08x " % zlib.crc32(body.getbuffer(), zlib.crc32(line))
+        if self.path.exists():
+            os.replace(self.path, self.old)
+        write_file(self.path, crc, line, body.getbuffer())
+
+    def done(self) -> None:
+        """The run is finished, and all it left for continuing goes."""
+        if not process()[0]:
+            for path in (self.path, self.old):
+                path.unlink(missing_ok=True)
 
 
 # --- running a task ------------------------------------------------------------------------------
@@ -1163,10 +1343,12 @@ def settle(config: DistillConfig) -> DistillConfig:
         ("warmup", 0 <= config.warmup < 1, "0 to below 1"),
         ("batch_size", config.batch_size > 0, "at least 1"),
         ("log_every", config.log_every > 0, "at least 1"),
+        ("save_every", config.save_every > 0, "at least 1"),
         ("expert_size", config.expert_size > 0, "at least 1"),
         ("max_length", config.max_length > 2, "at least 3"),
         *((name, getattr(config, name) >= 0, "0 or more") for name in
-          ("layers", "epochs", "teacher_epochs", "lr", "teacher_lr", "limit", "seed")),
+          ("layers", "epochs", "teacher_epochs", "lr", "teacher_lr", "limit")),
+        ("seed", 0 <= config.seed < 2**63, "0 or more, below 2 ** 63"),
     ):  # fmt: skip
         if not good:
             flag = "--" + name.replace("_", "-")
@@ -1255,10 +1437,18 @@ def load_fitting_tokenizer(folder: Path, model: Bert, config: DistillConfig) -> 
     if config.max_length > positions:
         print(f"note: texts are cut at {positions} tokens, this BERT's positions", file=sys.stderr)
     tokenizer = data.load_tokenizer(folder, min(config.max_length, positions))
-    size, rows = tokenizer.get_vocab_size(), model.config.vocab_size
+    size, rows = max(tokenizer.get_vocab().values(), default=-1) + 1, model.config.vocab_size
+    tried = [tokenizer.encode(""), tokenizer.encode("a"), tokenizer.encode("a", "b")]
+    segments = [segment for encoding in tried for segment in encoding.type_ids]
+    size = max(size, *(1 + i for encoding in tried for i in encoding.ids))
     if size > rows:
         raise ValueError(
             f"{folder}: tokenizer of {size} tokens for {rows} embeddings; not its own?"
+        )
+    if not all(len(encoding) for encoding in tried) or len({*segments}) > 2 or max(segments) > 1:
+        raise ValueError(
+            f"{folder}: its tokenizer makes {[encoding.tokens for encoding in tried]} of an empty "
+            "text, a text and a pair, expected [CLS], [SEP] and the segments 0 and 1"
         )
     return tokenizer
 
@@ -1413,12 +1603,6 @@ def gather_transfer(config: DistillConfig, task: "glue.Task", train_texts: list)
     return texts
 
 
-def refuse_finished(out: Path, overwrite: bool) -> None:
-    """Raises ValueError where --out holds a finished run that --overwrite does not give up."""
-    if (out / "results.json").exists() and not overwrite:
-        raise ValueError(f"{out} holds a finished run (results.json); --overwrite replaces it")
-
-
 def keep_layers(config: DistillConfig, teacher_layers: int) -> tuple[int, ...]:
     """The teacher's layers that the student keeps, from 1."""
     if not config.keep_layers:
@@ -1433,7 +1617,12 @@ def keep_layers(config: DistillConfig, teacher_layers: int) -> tuple[int, ...]:
 
 
 def make_teacher(
-    config: DistillConfig, task: "glue.Task", train_set: "glue.Examples", out: Path, log: Log
+    config: DistillConfig,
+    task: "glue.Task",
+    train_set: "glue.Examples",
+    out: Path,
+    log: Log,
+    resume: Resume,
 ) -> tuple[Bert, "Tokenizer", "data.Encoded", Tensor]:
     """The teacher, saved in out/teacher, its tokenizer, the encoded training set and its labels.
 
@@ -1443,14 +1632,15 @@ def make_teacher(
     """
     import data
 
+    if resume.phase == "student":  # the teacher was finished
+        config = replace(config, teacher=str(out / "teacher"))
     teacher, folder = starting_bert(config, task, out / "teacher")
     keep_layers(config, teacher.config.num_hidden_layers)
     tokenizer = load_fitting_tokenizer(folder, teacher, config)
     encoded = data.encode(tokenizer, train_set.texts)
     center, spread = score_unit(task, train_set.labels)
     labels = torch.tensor((train_set.labels - center) / spread).float()  # (n,)
-    (out / "results.json").unlink(missing_ok=True)
-    write_file(log.path, b"")
+    resume.begin(log)
     for row in range(min(2, len(encoded))):
         ids = encoded.ids[encoded.offsets[row] : encoded.offsets[row + 1]]
         tokens = " ".join(tokenizer.id_to_token(int(i)) for i in ids)
@@ -1467,7 +1657,10 @@ def make_teacher(
 
         budget = 40_000 if task.name == "toy" else 24_000
         epochs = config.teacher_epochs or auto_epochs(len(encoded), budget, config.batch_size)
-        train(teacher, encoded, objective, config, log, epochs=epochs, lr=config.teacher_lr)
+        train(
+            teacher, encoded, objective, config, log,
+            epochs=epochs, lr=config.teacher_lr, resume=resume,
+        )  # fmt: skip
         rescale(teacher, spread, center)
     save_bert(teacher, out / "teacher", tokenizer_from=folder)
     return teacher, tokenizer, encoded, labels
@@ -1476,13 +1669,14 @@ def make_teacher(
 def finetune(config: DistillConfig) -> None:
     """Fine-tunes a BERT on a task and scores it: the teacher, without a student."""
     out, task = Path(config.out or "out"), find_task(config)
-    refuse_finished(out, config.overwrite)
     train_set, _ = load_split(config, task, "train"), load_split(config, task, "dev")
     log = Log(out / "log.jsonl")
+    resume = Resume(out, config, train_set, log)
     with log.timed("teacher"):
-        teacher, tokenizer, _, _ = make_teacher(config, task, train_set, out, log)
+        teacher, tokenizer, _, _ = make_teacher(config, task, train_set, out, log, resume)
         scores = score_model(teacher, tokenizer, task, config, log)
     write_results(out, config, task, log, {"teacher": scores})
+    resume.done()
     print(f"saved {out / 'teacher'}; distil it: --task {config.task} --teacher {out / 'teacher'}")
 
 
@@ -1491,12 +1685,14 @@ def distill(config: DistillConfig) -> None:
     import data
 
     out, task = Path(config.out or "out"), find_task(config)
-    refuse_finished(out, config.overwrite)
     train_set, dev = load_split(config, task, "train"), load_split(config, task, "dev")
-    transfer = gather_transfer(config, task, train_set.texts)
     log, results = Log(out / "log.jsonl"), {}
+    resume = Resume(out, config, train_set, log)
+    transfer = gather_transfer(config, task, train_set.texts)
     with log.timed("teacher"):
-        teacher, tokenizer, encoded, labels = make_teacher(config, task, train_set, out, log)
+        teacher, tokenizer, encoded, labels = make_teacher(
+            config, task, train_set, out, log, resume
+        )
         results["teacher"] = score_model(teacher, tokenizer, task, config, log)
     refuse_majority(task, dev, results["teacher"]["score"], config.force)
     with log.timed("cache"):
@@ -1517,7 +1713,7 @@ def distill(config: DistillConfig) -> None:
         budget = 20_000 if task.name == "toy" else 100_000
         epochs = config.epochs or auto_epochs(len(encoded), budget, config.batch_size)
         objective = Distillation(cache, experts, config)
-        train(student, encoded, objective, config, log, epochs=epochs, lr=config.lr)
+        train(student, encoded, objective, config, log, epochs=epochs, lr=config.lr, resume=resume)
         rescale(student, spread, center)
         results["student"] = score_model(student, tokenizer, task, config, log)
     save_bert(student, out / "student", tokenizer_from=out / "teacher")
@@ -1527,6 +1723,7 @@ def distill(config: DistillConfig) -> None:
     print(f"next: python microbert.py predict {out} --task {config.task}{files}")
     with suppress(OSError):  # a system that keeps mapped files keeps this one
         cache_file.unlink()
+    resume.done()
 
 
 def make_experts(cache: TeacherCache, config: DistillConfig) -> SentenceExperts:
@@ -1599,7 +1796,88 @@ def evaluate(config: DistillConfig) -> None:
 
 
 def predict(config: DistillConfig) -> None:
-    """Writes index<TAB>prediction for every row of a split, in the GLUE server's form."""
+    """Predicts a text, a --file or standard input line by line; with --task, a split of the task.
+
+    Of a text `label<TAB>probability`, or the score; of a split `index<TAB>prediction` for every
+    row, in the GLUE server's form.
+    """
+    if config.task:
+        return predict_split(config)
+    folder = checkpoint_folder(config.checkpoint, "student")
+    if len(config.text) > 2:
+        raise ValueError(f"{len(config.text)} texts, expected one or the two of a pair, quoted")
+    if config.out and Path(config.out).is_file() and Path(config.out).stat().st_size:
+        raise ValueError(f"{config.out} is there already; name another")
+    model = load_bert(folder)
+    if model.fresh:
+        raise ValueError(f"{folder}: no trained {' and '.join(model.fresh)}; nothing to predict by")
+    tokenizer = load_fitting_tokenizer(folder, model, config)
+    refused: list[str] = []
+    lines = answer_lines(model, tokenizer, given_texts(config), config, refused)
+    if config.out:
+        write_file(config.out, *(f"{line}\n".encode() for line in lines))
+    for line in lines:
+        print(line, flush=True)
+    if refused:
+        raise ValueError(f"{len(refused)} lines without an answer, the first at {refused[0]}")
+
+
+def given_texts(config: DistillConfig) -> Iterator[tuple[str, Any]]:
+    """Where each text stands, and the text, the pair or the ValueError that it is.
+
+    Lines are UTF-8, with a tab between the texts of a pair.
+    """
+    if config.text:
+        yield "text", config.text[0] if len(config.text) == 1 else tuple(config.text)
+        return
+    where = config.file or "standard input"
+    with open(config.file, "rb") if config.file else nullcontext(sys.stdin.buffer) as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                cells = line.rstrip("\r\n").split("\t")
+                if len(cells) > 2:
+                    raise ValueError(f"{len(cells)} tab-separated texts, expected one or a pair")
+                yield f"{where}:{number}", cells[0] if len(cells) == 1 else tuple(cells)
+            except ValueError as error:  # UnicodeDecodeError is one
+                yield f"{where}:{number}", error
+
+
+def answer_lines(
+    model: Bert,
+    tokenizer: "Tokenizer",
+    given: Iterator[tuple[str, Any]],
+    config: DistillConfig,
+    refused: list[str],
+) -> Iterator[str]:
+    """The line to print for every text, in their order.
+
+    A text that has no answer is told on stderr and put among `refused`; its line is empty.
+    """
+    import data
+
+    labels = model.config.labels
+    at_once = 1 if not (config.text or config.file) and sys.stdin.isatty() else 512
+    while some := list(islice(given, at_once)):
+        texts = [text for _, text in some if not isinstance(text, ValueError)]
+        logits = iter(predict_logits(model, data.encode(tokenizer, texts), config))
+        for where, text in some:
+            if isinstance(text, ValueError):
+                print(f"{where}: {text}", file=sys.stderr)
+                refused.append(where)
+                yield json.dumps({"error": str(text)}) if config.json else ""
+            elif len(labels) == 1:
+                score = next(logits).item()
+                yield json.dumps({"score": score}) if config.json else f"{score:.4f}"
+            else:
+                shares = next(logits).softmax(-1).tolist()
+                share, label = max(zip(shares, labels), key=lambda pair: pair[0])
+                found = {"label": label, "probabilities": dict(zip(labels, shares))}
+                yield json.dumps(found) if config.json else f"{label}\t{share:.4f}"
+
+
+def predict_split(config: DistillConfig) -> None:
+    """index<TAB>prediction for every row of a split, in the GLUE server's form."""
     import data
     import glue
 
@@ -1608,6 +1886,9 @@ def predict(config: DistillConfig) -> None:
         with open(config.out, "rb") as file:
             if file.read(len(heading)) not in (heading.encode(), b""):
                 raise ValueError(f"{config.out} is there and holds no predictions; name another")
+    for name in ("text", "file", "json"):
+        if getattr(config, name):
+            raise ValueError(f"{name} and --task exclude each other: --task predicts a split of it")
     model, tokenizer, task = load_trained(config)
     texts = load_split(config, task, config.split, with_labels=False).texts
     logits = predict_logits(model, data.encode(tokenizer, texts), config)
@@ -1624,16 +1905,17 @@ def predict(config: DistillConfig) -> None:
 
 _DATA = ("task", "data_dir")
 _RUN = ("max_length", "device", "precision")
+_ANSWER = ("split", "text", "file", "json")
 _TRAIN = ("bert", "out", "overwrite", "limit", "seed", "batch_size", "warmup", "weight_decay",
-          "clip", "log_every", "teacher_epochs", "teacher_lr")  # fmt: skip
+          "clip", "log_every", "save_every", "teacher_epochs", "teacher_lr")  # fmt: skip
 _COMMANDS: dict[str, tuple[Callable[[DistillConfig], None], tuple[str, ...]]] = {
     "distill": (
         distill,
-        tuple(f.name for f in fields(DistillConfig) if f.name not in ("split", "checkpoint")),
+        tuple(f.name for f in fields(DistillConfig) if f.name not in ("checkpoint", *_ANSWER)),
     ),
     "finetune": (finetune, _DATA + ("regression",) + _TRAIN + _RUN),
     "evaluate": (evaluate, ("checkpoint",) + _DATA + ("split",) + _RUN),
-    "predict": (predict, ("checkpoint",) + _DATA + ("split", "out") + _RUN),
+    "predict": (predict, ("checkpoint",) + _ANSWER + ("out",) + _DATA + _RUN),
 }
 
 
@@ -1653,10 +1935,11 @@ def parser() -> argparse.ArgumentParser:
             flags = ["--" + f.name.replace("_", "-")]
             if command == "finetune" and f.name.startswith("teacher_"):
                 flags.append(flags[0].replace("teacher-", ""))  # its only training: --epochs, --lr
-            default = "" if f.default == "" else f" [{f.default}]"
+            chosen = "" if (command, f.name) == ("predict", "task") else f.default
+            default = "" if chosen in ("", ()) else f" [{chosen}]"
             text = (f.metadata["help"] + default).replace("%", "%%")
-            if f.name == "checkpoint":
-                sub.add_argument(f.name, help=f.metadata["help"])
+            if f.name in ("checkpoint", "text"):
+                sub.add_argument(f.name, help=text, nargs="*" if f.name == "text" else None)
             elif isinstance(f.default, bool):
                 sub.add_argument(
                     *flags, default=f.default, help=text, action=argparse.BooleanOptionalAction
@@ -1664,10 +1947,10 @@ def parser() -> argparse.ArgumentParser:
             else:
                 sub.add_argument(
                     *flags,
-                    default=f.default,
+                    default=chosen,
                     help=text,
-                    type=type(f.default),
-                    metavar=type(f.default).__name__,
+                    type=type(chosen),
+                    metavar=type(chosen).__name__,
                 )
     return top
 
@@ -1696,17 +1979,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.insert(0, "distill")
     chosen = vars(parser().parse_args(arguments))
     run, _ = _COMMANDS[chosen.pop("command")]
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter gets its number
+        getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
     try:
         run(join_processes(settle(DistillConfig(**chosen))))
         if dist.is_initialized():  # together: one that is gone would take the others' threads along
             dist.barrier()
             dist.destroy_process_group()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        sys.stdout = open(os.devnull, "w")
+        return 0 if chosen.get("checkpoint") else 1
     except (OSError, ValueError) as error:
         where = f" in process {process()[0]}" if process()[0] else ""
         print(f"error{where}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        unfinished = Path(chosen.get("out") or "out") / "resume.ckpt"
+        how = f"; the same command continues from {unfinished}" if unfinished.exists() else ""
+        print(f"interrupted{how}", file=sys.stderr)
         return 130
     return 0
 

@@ -879,7 +879,7 @@ class Distillation:
         self.stateful: dict[str, Any] = {}  # what training it changes
         if config.gan:
             torch.manual_seed(config.seed)
-            fused = config.expert_size if experts is not None else cache.features.shape[-1]
+            fused = (cache.features if experts is None else experts.experts).shape[-1]
             self.discriminator = Discriminator(fused + cache.logits.shape[1])
             self.in_parallel = in_parallel(self.discriminator.to(resolve_device(config.device)))
             parameters = self.discriminator.parameters()
@@ -1299,7 +1299,8 @@ class Resume:
             for name, part in self.parts.items():
                 part.load_state_dict(states[name])
         except Exception as error:  # whatever a foreign file makes torch raise
-            raise ValueError(f"{self.path}: no state of this run: {error!s:.200}") from None
+            told = " ".join(str(error).split())[:200]
+            raise ValueError(f"{self.path}: no state of this run: {told}") from None
         self.body = b""
         print(f"{log.phase}: continues after step {self.header['step']}")
         return self.header["step"]

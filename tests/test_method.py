@@ -405,7 +405,7 @@ def test_experts_can_be_switched_off(tmp_path):
 def test_adversarial_ramp(tmp_path, progress, share):
     """Catches an adversarial loss at full weight while the student is trivially recognisable."""
     objective = objective_of(tmp_path, adversarial_weight=2.0)[3]
-    real, fake = torch.randn(4, 6), torch.randn(4, 6)
+    real, fake = torch.randn(4, 10), torch.randn(4, 10)
     paid = objective.contest(real, fake, progress)
     full = 2.0 * adversarial_loss(objective.discriminator, fake)
     torch.testing.assert_close(paid, share * full)
@@ -414,7 +414,7 @@ def test_adversarial_ramp(tmp_path, progress, share):
 def test_contest_trains_the_discriminator_only_on_its_own_loss(tmp_path):
     """Catches a discriminator that is never stepped, or stepped by the student's loss."""
     objective = objective_of(tmp_path)[3]
-    real, fake = torch.randn(4, 6), torch.randn(4, 6, requires_grad=True)
+    real, fake = torch.randn(4, 10), torch.randn(4, 10, requires_grad=True)
     objective.contest(real, fake, 1.0)
     first = [p.detach().clone() for p in objective.discriminator.parameters()]
     paid = objective.contest(real, fake, 1.0)

@@ -299,13 +299,13 @@ def test_missing_files(folder):
 
 
 class Payload:
-    """Pickles as a call that creates a file."""
+    """Pickles as a call that creates a folder."""
 
     def __init__(self, path):
         self.path = path
 
     def __reduce__(self):
-        return open, (str(self.path), "w")
+        return os.mkdir, (str(self.path),)
 
 
 def test_pickled_code_is_not_run(folder, tmp_path):

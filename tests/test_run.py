@@ -618,7 +618,7 @@ def test_the_built_in_task_shows_the_method(root, tmp_path, capsys):
     assert student > pruned + 0.7 * (teacher - pruned)
     assert done.stderr == "" and "of teacher" in done.stdout
     texts, _ = data.toy_examples("dev")
-    assert main(["predict", str(tmp_path / "run")]) == 0
+    assert main(["predict", str(tmp_path / "run"), "--task", "toy"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(texts) + 1 and set(line.split("\t")[1] for line in lines[1:]) <= {
         "negative", "positive"}  # fmt: skip

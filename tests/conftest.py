@@ -1,10 +1,12 @@
 """Paths and small models that several test files share."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
+slow = pytest.mark.skipif("SLOW" not in os.environ, reason="takes long; SLOW=1 runs it")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import slow
 
 import data
 import glue
@@ -234,6 +235,7 @@ def losses(folder):
             for e in events if "loss" in e]  # fmt: skip
 
 
+@slow
 def test_two_processes_follow_one(root, tmp_path):
     """Catches gradients of student or discriminator not averaged, batches not shared, a text
     scored twice, a cache with holes, and two processes that print or write the same.
@@ -256,7 +258,7 @@ def test_two_processes_follow_one(root, tmp_path):
     assert not list(two.glob("s/cache*"))
 
 
-@pytest.mark.skipif("SLOW" not in os.environ, reason="takes 20 s; SLOW=1 runs it")
+@slow
 def test_a_failing_process_ends_all_and_they_continue(root, tmp_path):
     """Catches a run that waits for ever for a process that is gone, or continues differently."""
     script = tmp_path / "fails.py"

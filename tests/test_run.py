@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import slow
 
 import data
 import glue
@@ -313,7 +314,7 @@ def test_classes_of_your_own(files, capsys, classes, texts):
     refused(capsys, distil(files, folder, out="new"), folder / "train.tsv", "no such file")
 
 
-@pytest.mark.parametrize("center, spread", [(-5e4, 2000.0), (0.5, 1e-3)])
+@pytest.mark.parametrize("center, spread", [(-5e4, 2000.0), pytest.param(0.5, 1e-3, marks=slow)])
 def test_scores_of_your_own(files, center, spread):
     """Catches scores learnt on a scale that only GLUE's 0..5 has, and answers on another scale."""
     labels = [str(center + spread * (i - 2)) for i in range(5)]

@@ -26,6 +26,7 @@ import struct
 import sys
 import time
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -82,6 +83,8 @@ class BertConfig:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; a checkpoint folder has a config.json")
+        if path.stat().st_size > 2**24:
+            raise ValueError(f"{path}: {path.stat().st_size} bytes, expected a page of JSON")
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
@@ -445,7 +448,7 @@ def load_bert(path: str | Path, labels: Sequence[str] | None = None) -> Bert:
     fresh = [part for part, name in heads.items() if not any(k.startswith(name) for k in stored)]
     wanted = {ours: name for ours, name in names.items() if ours.split(".")[0] not in fresh}
     _refuse_misfits(source, {name: shapes[ours] for ours, name in wanted.items()}, stored)
-    _fill(model, {ours: stored[name].float() for ours, name in wanted.items()})
+    _fill(model, {ours: stored[name].float().contiguous() for ours, name in wanted.items()})
     if set(fresh) - ({"classifier"} if labels is not None else set()):
         warnings.warn(f"{source}: no {' and '.join(fresh)} in it, drawn at random", stacklevel=2)
     return model.eval()
@@ -459,6 +462,11 @@ def _read_checkpoint(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     elif (folder / "pytorch_model.bin").is_file():
         path = folder / "pytorch_model.bin"
         try:
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as zipped:
+                    unpacked = sum(member.file_size for member in zipped.infolist())
+                if unpacked > path.stat().st_size:
+                    raise ValueError(f"compressed, to be {unpacked} bytes")  # torch.save does not
             tensors = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a broken or unsafe file makes torch raise
             raise ValueError(
@@ -1231,7 +1239,9 @@ class Resume:
             raise ValueError(f"{out} holds a finished run (results.json); --overwrite replaces it")
         free = ("out", "overwrite", "checkpoint", *_ANSWER)
         self.flags = {name: v for name, v in asdict(config).items() if name not in free}
-        text = repr([train_set.texts, list(train_set.labels)]).encode("utf-8", "backslashreplace")
+        text = repr([train_set.texts, train_set.labels.tolist()]).encode(
+            "utf-8", "backslashreplace"
+        )
         self.flags |= {"crc of train.tsv": zlib.crc32(text), "processes": process()[1]}
         found = [self._find() if not (self.results.exists() or process()[0]) else ({}, b"")]
         if dist.is_initialized():  # --out may be on the first one's disk alone

@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 import textwrap
+import zipfile
 
 import numpy as np
 import pytest
@@ -414,6 +415,39 @@ def test_a_tensor_that_repeats_its_numbers(tmp_path):
     torch.save(tensors, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pytorch_model.bin.*classifier.bias.*repeats"):
         load_bert(tmp_path)
+
+
+def test_a_transposed_tensor_is_continued_too(files):  # noqa: F811
+    """Catches a checkpoint of weights that numpy cannot see as one block."""
+    bert = files / "bert"
+    tensors = microbert.read_safetensors(bert / "model.safetensors")
+    (bert / "model.safetensors").unlink()
+    name = "bert.pooler.dense.weight"
+    tensors[name] = tensors[name].t().contiguous().t()
+    assert not tensors[name].is_contiguous()
+    torch.save(tensors, bert / "pytorch_model.bin")
+    assert distil(files, "SST-2", *STEADY) == 0
+
+
+def test_a_huge_config(files):  # noqa: F811
+    """Catches gigabytes read before a word of them is understood."""
+    with open(files / "bert/config.json", "ab") as file:
+        file.truncate(2**33)  # takes no disk
+    with pytest.raises(ValueError, match="config.json: 8589934592 bytes"):
+        load_bert(files / "bert")
+
+
+def test_a_compressed_pickle(files):  # noqa: F811
+    """Catches a small file that unpacks to more memory than there is."""
+    bert = files / "bert"
+    torch.save(microbert.read_safetensors(bert / "model.safetensors"), files / "plain.bin")
+    (bert / "model.safetensors").unlink()
+    with zipfile.ZipFile(files / "plain.bin") as plain:
+        with zipfile.ZipFile(bert / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as packed:
+            for member in plain.infolist():
+                packed.writestr(member.filename, plain.read(member) + bytes(10**7))
+    with pytest.raises(ValueError, match="pytorch_model.bin.* compressed"):
+        load_bert(bert)
 
 
 @pytest.mark.parametrize("kind", ["post-processor", "added", "no special", "segments"])

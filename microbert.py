@@ -1845,8 +1845,7 @@ def given_texts(config: DistillConfig) -> Iterator[tuple[str, Any]]:
     with open(config.file, "rb") if config.file else nullcontext(sys.stdin.buffer) as file:
         for number, raw in enumerate(file, 1):
             try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                cells = line.rstrip("\r\n").split("\t")
+                cells = raw.decode().rstrip("\r\n").split("\t")
                 if len(cells) > 2:
                     raise ValueError(f"{len(cells)} tab-separated texts, expected one or a pair")
                 yield f"{where}:{number}", cells[0] if len(cells) == 1 else tuple(cells)

@@ -77,10 +77,16 @@ def test_interrupted_and_continued(files, whole, monkeypatch, capsys, phase, ste
     error = capsys.readouterr().err
     assert error.startswith("interrupted; the same command continues from ")
     assert "resume.ckpt" in error and error.count("\n") == 1
+    header = (files / "out/resume.ckpt").read_bytes().partition(b" ")[2].partition(b"\n")[0]
+    before = json.loads(header)["seconds"]
     assert distil(files, "SST-2", *STEADY) == 0
     expected = {4: "teacher: continues after step 2", 1: "teacher: continues after step 5"}
-    assert expected.get(step, "student: continues after step 4") in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert expected.get(step, "student: continues after step 4") in shown
+    assert "teacher     1/5" not in shown  # it is not trained twice
     same_end(whole, files / "out")
+    seconds = json.loads((files / "out/results.json").read_text())["seconds"]
+    assert before["teacher"] > 0 and all(seconds[phase] >= before[phase] for phase in before)
     logged = [json.loads(line) for line in (files / "out/log.jsonl").read_text().splitlines()]
     assert {e["step"] for e in logged if e["phase"] == "student" and "step" in e} == {*range(1, 9)}
 
@@ -158,6 +164,25 @@ def test_overwriting_is_continued_too(files, whole, monkeypatch, capsys):  # noq
     assert distil(files, "SST-2", *STEADY, "--overwrite") == 0
     assert "student: continues after step 4" in capsys.readouterr().out
     same_end(whole, files / "out")
+
+
+def test_another_number_of_processes_is_refused(files, monkeypatch, capsys):  # noqa: F811
+    """Catches batches that are split otherwise from some step on."""
+    interrupted(files, monkeypatch)
+    capsys.readouterr()
+    monkeypatch.setattr(microbert, "process", lambda: (0, 2))
+    refused(capsys, distil(files, "SST-2", *STEADY), "processes was 1, is 2")
+
+
+def test_a_finished_run_is_not_continued(files, monkeypatch, capsys):  # noqa: F811
+    """Catches --overwrite that takes over what a run killed at its very end has left."""
+    raw = (interrupted(files, monkeypatch) / "resume.ckpt").read_bytes()
+    assert distil(files, "SST-2", *STEADY) == 0
+    (files / "out/resume.ckpt").write_bytes(raw)
+    capsys.readouterr()
+    refused(capsys, distil(files, "SST-2", *STEADY), "finished run")
+    assert distil(files, "SST-2", *STEADY, "--overwrite") == 0
+    assert "continues" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("what", ["label", "text", "teacher"])
@@ -337,12 +362,12 @@ def test_not_a_number(files, monkeypatch, capsys, kind):  # noqa: F811
         calls.append(1)
         if len(calls) < 6:
             return loss
-        return loss * torch.nan if kind == "loss" else Infinite.apply(loss)
+        return loss + torch.inf if kind == "loss" else Infinite.apply(loss)
 
     monkeypatch.setattr(microbert, "soft_loss", failing)
     monkeypatch.setattr(microbert, "fit_experts", lambda experts, *_, **__: experts.eval())
     code = distil(files, "SST-2", "--save-every", "2", "--log-every", "100")
-    term = "soft nan" if kind == "loss" else "gradient's norm nan"
+    term = "soft inf" if kind == "loss" else "gradient's norm nan"
     refused(capsys, code, "student step 6", term, "hard 0.", "resume.ckpt")
     body = (files / "out/resume.ckpt").read_bytes().partition(b"\n")[2]
     states = torch.load(microbert.io.BytesIO(body), weights_only=True)
@@ -535,6 +560,15 @@ def test_a_bad_line_is_named_and_the_others_answered(student, files, capsys):  #
     assert code == 2 and (files / "answers").read_text() == "\n".join(lines) and not out
     code, _, err = answer(capsys, student, "cat", "--out", files / "answers")
     assert code == 2 and "answers is there already" in err
+
+
+def test_a_terminal_that_lacks_a_letter(student, files, monkeypatch):  # noqa: F811
+    """Catches an answer lost for its label's spelling."""
+    save_bert(Bert(shape(labels=("n\u00f6", "d\u00f6"))), student, files / "bert")
+    raw = microbert.io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", microbert.io.TextIOWrapper(raw, encoding="ascii"))
+    assert main(["predict", str(student), "cat", "--max-length", "32"]) == 0
+    assert b"\\xf6\t0." in raw.getvalue()
 
 
 def test_standard_input_and_a_closed_pipe(student):

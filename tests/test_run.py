@@ -545,6 +545,8 @@ def test_a_finished_run_is_kept(files, capsys):
         (["--batch-size", "0"], ["--batch-size", "at least 1"]),
         (["--soft-weight", "1.5"], ["--soft-weight", "0 to 1"]),
         (["--max-length", "2"], ["--max-length", "at least 3"]),
+        (["--seed", str(2**64)], ["--seed", "2 ** 63"]),
+        (["--save-every", "0"], ["--save-every", "at least 1"]),
     ],
 )
 def test_bad_options_end_in_one_line(files, capsys, arguments, needles):

@@ -989,7 +989,7 @@ def train(
                 f"{log.phase} step {step}: the loss is {loss.item():g} ("
                 + ", ".join(f"{name} {term.item():g}" for name, term in terms.items())
                 + f"), its gradient's norm {norm.item():g}; lower the learning rate"
-                + (f"; {resume.path} keeps the last good state" if resume else "")
+                + (f"; {resume.path} keeps the last good state" if resume and resume.saved else "")
             )
         optimizer.step()
         optimizer.zero_grad()
@@ -1153,9 +1153,7 @@ def teacher_pass(
     shape = (len(encoded), len(keep), 3, teacher.config.hidden_size)
     print(f"cache: {path}, {2 * math.prod(shape) / 1e6:.0f} MB for {len(encoded)} texts")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if (
-        part == 0
-    ):  # a disk that were full only when the mapped file is filled would kill the process
+    if part == 0:  # a full disk is an error here; filling the mapped file it would be SIGBUS
         with naming(path), path.open("wb") as file:
             for _ in range(len(encoded)):
                 file.write(bytes(2 * math.prod(shape[1:])))
@@ -1247,6 +1245,7 @@ class Resume:
         if dist.is_initialized():  # --out may be on the first one's disk alone
             dist.broadcast_object_list(found)
         self.header, self.body = found[0]
+        self.saved = bool(self.header)
         before = self.header.get("flags", self.flags)
         differing = [name for name in self.flags if self.flags[name] != before.get(name)]
         if differing and config.overwrite:
@@ -1270,11 +1269,13 @@ class Resume:
             try:
                 raw = path.read_bytes()
                 crc, _, rest = raw.partition(b" ")
-                if crc == b"%08x" % zlib.crc32(rest):
-                    line, _, body = rest.partition(b"\n")
-                    return json.loads(line), body
+                line, _, body = rest.partition(b"\n")
+                if crc == b"%08x" % zlib.crc32(rest) and "start" in (header := json.loads(line)):
+                    return header, body
             except FileNotFoundError:
                 continue
+            except (ValueError, TypeError):  # no JSON object
+                pass
             print(f"note: {path} is torn, falls back to what was before it", file=sys.stderr)
         return {}, b""
 
@@ -1327,6 +1328,7 @@ class Resume:
         if self.path.exists():
             os.replace(self.path, self.old)
         write_file(self.path, crc, line, body.getbuffer())
+        self.saved = True
 
     def done(self) -> None:
         """The run is finished, and all it left for continuing goes."""

@@ -132,8 +132,8 @@ def test_a_torn_checkpoint_is_noticed(files, whole, monkeypatch, capsys, harm): 
 def test_without_a_whole_checkpoint_it_starts_again(files, whole, monkeypatch, capsys):  # noqa: F811
     """Catches a run that never gets past two torn files."""
     out = interrupted(files, monkeypatch)
-    for name in ("resume.ckpt", "resume.ckpt.old"):
-        (out / name).write_bytes(b"rubbish")
+    (out / "resume.ckpt").write_bytes(b"rubbish")
+    (out / "resume.ckpt.old").write_bytes(b"%08x " % microbert.zlib.crc32(b"[1]\n") + b"[1]\n")
     assert distil(files, "SST-2", *STEADY) == 0
     assert "continues" not in capsys.readouterr().out
     same_end(whole, out)
@@ -373,6 +373,14 @@ def test_not_a_number(files, monkeypatch, capsys, kind):  # noqa: F811
     states = torch.load(microbert.io.BytesIO(body), weights_only=True)
     assert all(t.isfinite().all() for t in states["model"].values())
     assert load_bert(files / "out/teacher")
+
+
+def test_not_a_number_at_once(files, monkeypatch, capsys):  # noqa: F811
+    """Catches a good state that is promised and not there."""
+    monkeypatch.setattr(microbert, "hard_loss", lambda logits, labels: logits.sum() * torch.nan)
+    assert distil(files, "SST-2") == 2
+    told = capsys.readouterr().err
+    assert "teacher step 1: the loss is nan" in told and "resume.ckpt" not in told
 
 
 @pytest.mark.parametrize("kind", ["none", "sure", pytest.param("perfect", marks=slow), "constant"])

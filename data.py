@@ -69,7 +69,7 @@ def _tokenizer_options(folder: Path) -> dict[str, bool]:
     path = folder / "tokenizer_config.json"
     try:
         stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(stored, dict):
         raise ValueError(f"{path}: not a JSON object")
@@ -117,6 +117,10 @@ def encode(tokenizer: Tokenizer, texts: Sequence, chunk: int = 1024) -> Encoded:
         except TypeError:
             _refuse_odd_text(some, start)
             raise
+        except (MemoryError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library's own bare Exception, or a panic of its code
+            raise ValueError(f"texts {start + 1} on: the tokenizer fails: {error}") from None
         found = [encoding.ids for encoding in encodings]
         ids.append(np.fromiter(chain.from_iterable(found), np.int32))
         lengths += map(len, found)

@@ -119,6 +119,8 @@ class BertConfig:
                 raise ValueError(f"{f.name} is {value!r}, expected a number, 0 to 1")
         if not 1 <= len(self.labels) <= 2**10:
             raise ValueError(f"{len(self.labels)} labels or more, expected 1 to {2**10}")
+        if len({*self.labels}) < len(self.labels) or not "".join(self.labels).isprintable():
+            raise ValueError(f"labels {str(self.labels):.80}, expected different, printable names")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is no multiple of num_attention_heads "
@@ -476,10 +478,16 @@ def _read_checkpoint(folder: Path) -> tuple[Path, dict[str, Tensor]]:
         raise FileNotFoundError(f"{folder}: neither model.safetensors nor pytorch_model.bin in it")
     stored: dict[str, Tensor] = {}
     sound = isinstance(tensors, dict) and all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+        isinstance(name, str)
+        and isinstance(t, Tensor)
+        and not (t.is_nested or t.is_meta)
+        and t.layout is torch.strided
+        for name, t in tensors.items()
     )
     if not sound:
-        raise ValueError(f"{path}: not a dict of tensors by name")
+        raise ValueError(f"{path}: not a dict of dense tensors by name")
+    if sum(t.numel() * t.itemsize for t in tensors.values()) > 2 * path.stat().st_size:
+        raise ValueError(f"{path}: its tensors share more numbers than the file holds")
     for name, tensor in tensors.items():
         if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
             raise ValueError(
@@ -563,8 +571,8 @@ def _span(name: str, entry: Any) -> tuple[int, int]:
     """First and last byte of a tensor in the data, once its header entry is found sound."""
     try:
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        whole = all(type(number) is int and number >= 0 for number in [*shape, start, stop])
-        whole = whole and type(shape) is list and math.prod(n or 1 for n in shape) < 2**48
+        whole = type(shape) is list and len(shape) <= 8
+        whole = whole and all(type(n) is int and 0 <= n < 2**48 for n in [*shape, start, stop])
         if whole and stop - start == math.prod(shape) * _DTYPES[dtype].itemsize:
             return start, stop
     except (KeyError, TypeError, ValueError):
@@ -593,16 +601,25 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
 def save_bert(model: Bert, folder: str | Path, tokenizer_from: str | Path | None = None) -> None:
     """Writes config.json and model.safetensors in Hugging Face's layout, and the tokenizer's files.
 
-    tokenizer_from: folder whose tokenizer files are copied.
+    tokenizer_from: folder whose tokenizer files are copied, in place of any that are there; raises
+    FileNotFoundError where it has none.
     """
     folder = Path(folder)
+    tokenizer: dict[str, bytes | None] = {}
+    for name in _TOKENIZER_FILES if tokenizer_from else ():
+        source = Path(tokenizer_from or "") / name
+        tokenizer[name] = source.read_bytes() if source.is_file() else None
+    if tokenizer_from and not (tokenizer["tokenizer.json"] or tokenizer["vocab.txt"]):
+        raise FileNotFoundError(f"{tokenizer_from}: neither tokenizer.json nor vocab.txt in it")
     names = _tensor_names(range(model.config.num_hidden_layers))
     state = model.state_dict()
     write_safetensors(folder / "model.safetensors", {name: state[o] for o, name in names.items()})
     write_file(folder / "config.json", model.config.to_json().encode())
-    for name in _TOKENIZER_FILES if tokenizer_from else ():
-        if (source := Path(tokenizer_from or "") / name).is_file():
-            write_file(folder / name, source.read_bytes())
+    for name, content in tokenizer.items():
+        if content is not None:
+            write_file(folder / name, content)
+        elif not process()[0]:
+            (folder / name).unlink(missing_ok=True)
 
 
 _TOKENIZER_FILES = (
@@ -959,6 +976,7 @@ def train(
     import data
 
     device, (rank, processes) = resolve_device(config.device), process()
+    refuse_segments(model, encoded)
     model.to(device).train()
     encoded, words = only_seen_words(model, encoded)
     size = config.batch_size
@@ -1000,6 +1018,12 @@ def train(
             resume.save(step, log)
     all_words(model, *words)
     model.eval()
+
+
+def refuse_segments(model: Bert, encoded: "data.Encoded") -> None:
+    """Raises ValueError for pairs where the BERT has embeddings for single texts alone."""
+    if encoded.type_ids.max(initial=0) >= model.config.type_vocab_size:
+        raise ValueError("pairs of texts, for a BERT of type_vocab_size 1: it takes single ones")
 
 
 def seed_step(seed: int, rank: int, step: int) -> None:
@@ -1111,6 +1135,7 @@ def run_batches(
     import data
 
     device = resolve_device(config.device)
+    refuse_segments(model, encoded)
     model.to(device).eval()
     room = 2048 if device.type == "cpu" else 32_768  # tokens: caches are small
     for rows in islice(data.sorted_batches(encoded.lengths, room), part, None, parts):
@@ -1121,11 +1146,17 @@ def run_batches(
 
 
 def predict_logits(model: Bert, encoded: "data.Encoded", config: DistillConfig) -> Tensor:
-    """Logits of every text in the order given, (n, C) fp32 on the CPU."""
+    """Logits of every text in the order given, (n, C) fp32 on the CPU.
+
+    Raises ValueError where one is not finite.
+    """
     logits = torch.full((len(encoded), len(model.config.labels)), -torch.inf)
     for rows, _, output in run_batches(model, encoded, config, *process()):
         logits[rows] = output.logits.float().cpu()
-    return gather(logits, config)
+    logits = gather(logits, config)
+    if not logits.isfinite().all():
+        raise ValueError("the model answers with numbers that are not finite: damaged weights?")
+    return logits
 
 
 def gather(rows: Tensor, config: DistillConfig) -> Tensor:
@@ -1234,8 +1265,9 @@ class Resume:
         self.path, self.results = out / "resume.ckpt", out / "results.json"
         self.old = self.path.with_suffix(".ckpt.old")
         if self.results.exists() and not config.overwrite:
+            self.done()  # a kill may have come between
             raise ValueError(f"{out} holds a finished run (results.json); --overwrite replaces it")
-        free = ("out", "overwrite", "checkpoint", *_ANSWER)
+        free = ("out", "overwrite", "force", "log_every", "save_every", "checkpoint", *_ANSWER)
         self.flags = {name: v for name, v in asdict(config).items() if name not in free}
         text = repr([train_set.texts, train_set.labels.tolist()]).encode(
             "utf-8", "backslashreplace"
@@ -1270,12 +1302,16 @@ class Resume:
                 raw = path.read_bytes()
                 crc, _, rest = raw.partition(b" ")
                 line, _, body = rest.partition(b"\n")
-                if crc == b"%08x" % zlib.crc32(rest) and "start" in (header := json.loads(line)):
+                header = json.loads(line)
+                if crc != b"%08x" % zlib.crc32(rest):
+                    raise ValueError("torn")
+                known = {k: type(header[k]) for k in ("phase", "step", "start", "flags", "seconds")}
+                if [*known.values()] == [str, int, int, dict, dict] and header["step"] > 0:
                     return header, body
             except FileNotFoundError:
                 continue
-            except (ValueError, TypeError):  # no JSON object
-                pass
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                pass  # no JSON object, or not one of ours
             print(f"note: {path} is torn, falls back to what was before it", file=sys.stderr)
         return {}, b""
 
@@ -1349,6 +1385,8 @@ def settle(config: DistillConfig) -> DistillConfig:
         fast = trains and has_fast_bf16(resolve_device(config.device))
         config = replace(config, precision="bf16" if fast else "fp32")
     for name, good, expected in (
+        *((f.name, math.isfinite(getattr(config, f.name)), "a finite number")
+          for f in fields(config) if f.type is float),
         ("precision", config.precision in ("fp32", "bf16"), "auto, fp32 or bf16"),
         ("routing", config.routing in ("task", "sentence"), "task or sentence"),
         ("temperature", config.temperature > 0, "more than 0"),
@@ -1357,7 +1395,7 @@ def settle(config: DistillConfig) -> DistillConfig:
         ("batch_size", config.batch_size > 0, "at least 1"),
         ("log_every", config.log_every > 0, "at least 1"),
         ("save_every", config.save_every > 0, "at least 1"),
-        ("expert_size", config.expert_size > 0, "at least 1"),
+        ("expert_size", 0 < config.expert_size <= 2**16, "1 to 65536"),
         ("max_length", config.max_length > 2, "at least 3"),
         *((name, getattr(config, name) >= 0, "0 or more") for name in
           ("layers", "epochs", "teacher_epochs", "lr", "teacher_lr", "limit")),
@@ -1458,7 +1496,7 @@ def load_fitting_tokenizer(folder: Path, model: Bert, config: DistillConfig) -> 
         raise ValueError(
             f"{folder}: tokenizer of {size} tokens for {rows} embeddings; not its own?"
         )
-    if not all(len(encoding) for encoding in tried) or len({*segments}) > 2 or max(segments) > 1:
+    if not all(len(encoding) for encoding in tried) or max(segments) > 1:
         raise ValueError(
             f"{folder}: its tokenizer makes {[encoding.tokens for encoding in tried]} of an empty "
             "text, a text and a pair, expected [CLS], [SEP] and the segments 0 and 1"
@@ -1481,7 +1519,7 @@ def starting_bert(config: DistillConfig, task: "glue.Task", out: Path) -> tuple[
         raise ValueError(
             f"task {task.name} needs --bert FOLDER, a pre-trained BERT to fine-tune, or --teacher"
         )
-    return toy_bert(task, out), out
+    return toy_bert(task, out / "toy"), out / "toy"
 
 
 def toy_bert(task: "glue.Task", folder: Path) -> Bert:
@@ -1647,7 +1685,7 @@ def make_teacher(
 
     if resume.phase == "student":  # the teacher was finished
         config = replace(config, teacher=str(out / "teacher"))
-    teacher, folder = starting_bert(config, task, out / "teacher")
+    teacher, folder = starting_bert(config, task, out)
     keep_layers(config, teacher.config.num_hidden_layers)
     tokenizer = load_fitting_tokenizer(folder, teacher, config)
     encoded = data.encode(tokenizer, train_set.texts)
@@ -1817,6 +1855,8 @@ def predict(config: DistillConfig) -> None:
     if config.task:
         return predict_split(config)
     folder = checkpoint_folder(config.checkpoint, "student")
+    if config.text and config.file or config.split != "dev":
+        raise ValueError("a text and --file exclude each other, and --split needs --task")
     if len(config.text) > 2:
         raise ValueError(f"{len(config.text)} texts, expected one or the two of a pair, quoted")
     if config.out and Path(config.out).is_file() and Path(config.out).stat().st_size:
@@ -1989,6 +2029,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] not in (*_COMMANDS, "-h", "--help", "--version"):
         arguments.insert(0, "distill")
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, mode))
     chosen = vars(parser().parse_args(arguments))
     run, _ = _COMMANDS[chosen.pop("command")]
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter gets its number

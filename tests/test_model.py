@@ -366,7 +366,7 @@ def test_unfit_configs_name_the_key(folder, key, value, monkeypatch):
 
 
 IDS_OF_LABELS = [{"0": "a", "2": "b"}, {"1": "a", "2": "b"}, {"-1": "a", "0": "b"}, {"zero": "a"},
-                 {"0.0": "a"}, ["a", "b"], 3, "01"]  # fmt: skip
+                 {"0.0": "a"}, ["a", "b"], 3, "01", {"0": "a", "1": "a"}, {"0": "\t"}]  # fmt: skip
 
 
 @pytest.mark.parametrize("value", IDS_OF_LABELS, ids=str)

@@ -462,6 +462,99 @@ def test_a_transposed_tensor_is_continued_too(files):  # noqa: F811
     assert distil(files, "SST-2", *STEADY) == 0
 
 
+@pytest.mark.parametrize("kind", ["sparse", "meta", "views"])
+def test_tensors_of_another_kind(tmp_path, kind):
+    """Catches a traceback from the middle of torch, and a small file of large tensors."""
+    save_bert(Bert(shape()), tmp_path)
+    tensors = microbert.read_safetensors(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    name = "bert.pooler.dense.weight"
+    made = {"sparse": torch.eye(8).to_sparse(), "meta": torch.empty(8, 8, device="meta")}
+    if kind == "views":
+        block = torch.zeros(1_000_000)
+        tensors |= {f"extra.{i}": block[i:] for i in range(9)}
+    else:
+        tensors[name] = made[kind]
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin"):
+        load_bert(tmp_path)
+
+
+def test_a_header_of_many_dimensions(tmp_path):
+    """Catches minutes spent on multiplying a hostile shape."""
+    header = {"a": {"dtype": "F32", "shape": [2**40] * 300_000, "data_offsets": [0, 0]}}
+    text = json.dumps(header).encode()
+    (tmp_path / "a").write_bytes(microbert.struct.pack("<Q", len(text)) + text)
+    with pytest.raises(ValueError, match="tensor 'a' is given as"):
+        microbert.read_safetensors(tmp_path / "a")
+
+
+def test_pairs_need_two_segments(files, capsys):  # noqa: F811
+    """Catches an IndexError from the embeddings; single texts are such a BERT's own."""
+    save_bert(Bert(shape(type_vocab_size=1)), files / "student", files / "bert")
+    assert answer(capsys, files / "student", "cat")[0] == 0
+    code, _, err = answer(capsys, files / "student", "cat", "dog")
+    assert code == 2 and "type_vocab_size" in err
+    assert main(["--task", "RTE", "--data-dir", str(files), "--bert", str(files / "student"),
+                 "--out", str(files / "out")]) == 2  # fmt: skip
+    assert "type_vocab_size" in capsys.readouterr().err
+
+
+def test_damaged_weights_do_not_answer(student, files, capsys):  # noqa: F811
+    """Catches `nan` with exit code 0."""
+    model = load_bert(student)
+    with torch.no_grad():
+        model.classifier.bias[1] = torch.nan
+    save_bert(model, student, files / "bert")
+    code, out, err = answer(capsys, student, "cat")
+    assert code == 2 and not out and "not finite" in err
+
+
+def test_a_tokenizer_that_fails_on_a_text(student, files, capsys):  # noqa: F811
+    """Catches the library's bare Exception where a word has no token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.Unigram([("cat", -1.0)]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(ValueError, match="texts 1 on: the tokenizer fails"):
+        data.encode(tokenizer, ["dog"])
+
+
+def test_tokenizer_files_do_not_mix(student, files, capsys):  # noqa: F811
+    """Catches words of one BERT under the weights of another, and a model without its words."""
+    data.load_tokenizer(files / "bert").save(str(student / "tokenizer.json"))
+    save_bert(load_bert(student), student, files / "bert")  # which has a vocab.txt alone
+    assert not (student / "tokenizer.json").exists() and (student / "vocab.txt").exists()
+    before = (student / "config.json").read_bytes()
+    with pytest.raises(FileNotFoundError, match="neither tokenizer.json nor vocab.txt"):
+        save_bert(Bert(shape(num_hidden_layers=1)), student, files / "glue")
+    assert (student / "config.json").read_bytes() == before
+
+
+def test_what_only_shows_may_change(files, whole, monkeypatch):  # noqa: F811
+    """Catches advice (--force) that is then refused as another flag."""
+    interrupted(files, monkeypatch)
+    assert distil(files, "SST-2", "--save-every", "5", "--log-every", "7", "--force") == 0
+    same_end(whole, files / "out")
+
+
+@pytest.mark.parametrize("wrong", [
+    {"step": "x"}, {"step": 0}, {"flags": []}, {"seconds": None}, {"phase": 3}, {"start": [1]},
+])  # fmt: skip
+def test_an_odd_header_is_no_state(files, monkeypatch, capsys, wrong):  # noqa: F811
+    """Catches a traceback over a checkpoint of the right checksum."""
+    out = interrupted(files, monkeypatch)
+    (out / "resume.ckpt.old").unlink()
+    _, _, rest = (out / "resume.ckpt").read_bytes().partition(b" ")
+    line, _, body = rest.partition(b"\n")
+    rest = json.dumps(json.loads(line) | wrong).encode() + b"\n" + body
+    (out / "resume.ckpt").write_bytes(b"%08x " % microbert.zlib.crc32(rest) + rest)
+    capsys.readouterr()
+    assert distil(files, "SST-2", *STEADY) == 0
+    shown = capsys.readouterr()
+    assert "resume.ckpt is torn" in shown.err and "continues" not in shown.out
+
+
 def test_a_huge_config(files):  # noqa: F811
     """Catches gigabytes read before a word of them is understood."""
     with open(files / "bert/config.json", "ab") as file:
@@ -602,6 +695,8 @@ def test_what_predict_cannot_take(student, files, capsys):  # noqa: F811
         (["a", "b", "c"], "3 texts"),
         (["--file", files / "nowhere"], "nowhere"),
         (["a", "--task", "SST-2"], "exclude each other"),
+        (["a", "--file", files / "bert/vocab.txt"], "exclude each other"),
+        (["a", "--split", "test"], "--split needs --task"),
     ):
         code, _, err = answer(capsys, student, *arguments)
         assert code == 2 and needle in err and err.count("\n") == 1

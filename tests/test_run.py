@@ -547,6 +547,10 @@ def test_a_finished_run_is_kept(files, capsys):
         (["--max-length", "2"], ["--max-length", "at least 3"]),
         (["--seed", str(2**64)], ["--seed", "2 ** 63"]),
         (["--save-every", "0"], ["--save-every", "at least 1"]),
+        (["--expert-size", str(10**12)], ["--expert-size", "1 to 65536"]),
+        (["--lr", "inf"], ["--lr", "finite"]),
+        (["--transfer", "inf"], ["--transfer", "finite"]),
+        (["--clip", "nan"], ["--clip", "finite"]),
     ],
 )
 def test_bad_options_end_in_one_line(files, capsys, arguments, needles):

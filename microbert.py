@@ -22,6 +22,7 @@ import json
 import math
 import os
 import platform
+import re
 import struct
 import sys
 import time
@@ -49,8 +50,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Bert", "BertConfig", "BertOutput", "Discriminator", "DistillConfig", "FeatureMapping",
            "SentenceExperts", "adversarial_loss", "alignment_loss", "discriminator_loss",
-           "fit_experts", "hard_loss", "layer_map", "load_bert", "model_outputs", "prune",
-           "save_bert", "sentence_features", "soft_loss"]  # fmt: skip
+           "download_bert", "fit_experts", "hard_loss", "layer_map", "load_bert", "model_outputs",
+           "prune", "save_bert", "sentence_features", "soft_loss"]  # fmt: skip
 __version__ = "0.1.0"
 
 
@@ -165,8 +166,12 @@ class DistillConfig:
     )
     regression: bool = opt(False, "the labels of your own data are scores, not classes")
     data_dir: str = opt("glue", "folder of the GLUE files, DATA_DIR/TASK/train.tsv and so on")
-    bert: str = opt("", "checkpoint folder of a pre-trained BERT, fine-tuned into the teacher")
-    teacher: str = opt("", "checkpoint folder of a teacher already fine-tuned, in place of --bert")
+    bert: str = opt(
+        "", "a pre-trained BERT to fine-tune into the teacher: a folder, or its name on the Hub"
+    )
+    teacher: str = opt(
+        "", "or a teacher already fine-tuned: a folder, a run's --out, or its name on the Hub"
+    )
     out: str = opt("", "folder to write [out]; for predict, file to write [standard output]")
     overwrite: bool = opt(False, "replace the run that --out holds: finished, or of other flags")
     force: bool = opt(False, "distil even a teacher that is no better than the majority label")
@@ -205,7 +210,9 @@ class DistillConfig:
     )
     log_every: int = opt(50, "steps between two lines of the log")
     save_every: int = opt(500, "steps between two checkpoints, from which a killed run continues")
-    checkpoint: str = opt("", "checkpoint folder, or the --out of a run, whose student it then is")
+    checkpoint: str = opt(
+        "", "a checkpoint: its folder, the --out of a run (its student), or its name on the Hub"
+    )
     split: str = opt("dev", "the split: 'dev', 'test', or for MNLI 'test_mismatched'")
     text: Sequence[str] = opt((), "a text, or the two of a pair; none: --file or standard input")
     file: str = opt("", "file of texts, one a line, a tab between the two of a pair")
@@ -454,6 +461,63 @@ def load_bert(path: str | Path, labels: Sequence[str] | None = None) -> Bert:
     if set(fresh) - ({"classifier"} if labels is not None else set()):
         warnings.warn(f"{source}: no {' and '.join(fresh)} in it, drawn at random", stacklevel=2)
     return model.eval()
+
+
+def download_bert(name: str) -> Path:
+    """The folder of a checkpoint of the Hugging Face Hub, such as google-bert/bert-base-uncased.
+
+    Config, weights and tokenizer alone are downloaded, by huggingface_hub into its cache; its
+    HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE hold. Raises FileNotFoundError or OSError
+    where there is no such checkpoint, or none that can be reached, saying what to do.
+    """
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache, utils
+
+    commit: str | None = None  # of the first file; the others are taken from the same
+
+    def get(*files: str) -> Path | None:
+        """The first of these files that the checkpoint has."""
+        for file in files:
+            cached = try_to_load_from_cache(name, file, revision=commit) if commit else None
+            if cached is not None and not isinstance(cached, str):
+                continue  # known not to be there
+            try:
+                return Path(hf_hub_download(name, file, revision=commit))
+            except utils.LocalEntryNotFoundError:  # a kind of EntryNotFoundError
+                if not (commit and constants.HF_HUB_OFFLINE):
+                    raise
+            except utils.EntryNotFoundError:
+                pass
+        return None
+
+    hub = f"{name}: no such folder here, and on {constants.ENDPOINT} "
+    try:
+        if not (config := get("config.json")):
+            raise FileNotFoundError(f"{hub}it has no config.json: not a checkpoint")
+        commit = config.parent.name
+        if not get("model.safetensors", "pytorch_model.bin"):
+            raise FileNotFoundError(f"{hub}neither model.safetensors nor pytorch_model.bin")
+        if not get("tokenizer.json", "vocab.txt"):
+            raise FileNotFoundError(f"{hub}neither tokenizer.json nor vocab.txt")
+        get("tokenizer_config.json"), get("special_tokens_map.json")
+    except utils.GatedRepoError:
+        raise FileNotFoundError(
+            f"{hub}it is gated: ask for access on its page, then set HF_TOKEN to a token of yours"
+        ) from None
+    except utils.RepositoryNotFoundError:
+        raise FileNotFoundError(
+            f"{hub}none of that name, or a private one: check the spelling, or set HF_TOKEN"
+        ) from None
+    except utils.LocalEntryNotFoundError:
+        why = "not all of it in the cache, and HF_HUB_OFFLINE is set: unset it once to download"
+        if not constants.HF_HUB_OFFLINE:
+            why = "it cannot be reached: check the connection and HF_ENDPOINT"
+        raise FileNotFoundError(f"{hub}{why}, or name a checkpoint folder") from None
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of the network, in the kinds of whatever library fetches
+        told = " ".join(str(error).split())[:200]
+        raise OSError(f"{name}: download failed: {type(error).__name__}: {told}") from None
+    return config.parent
 
 
 def _read_checkpoint(folder: Path) -> tuple[Path, dict[str, Tensor]]:
@@ -1441,9 +1505,15 @@ def load_split(
 
 
 def checkpoint_folder(path: str, part: str) -> Path:
-    """The checkpoint at a path that is one, or holds one as `part` (a run's --out folder)."""
+    """The checkpoint at a path that is one, or holds one as `part` (a run's --out folder).
+
+    A path that is not there and could be a name, NAME or OWNER/NAME, is one of the Hub's.
+    """
     folder = Path(path)
     inner = folder / part
+    owner = folder.parent != Path() and folder.parent.exists()  # a folder's name, misspelt
+    if not folder.exists() and not owner and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
+        return download_bert(path)
     return inner if not (folder / "config.json").is_file() and inner.is_dir() else folder
 
 

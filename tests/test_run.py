@@ -534,7 +534,7 @@ def test_a_finished_run_is_kept(files, capsys):
         (["--task", "AX"], ["AX", "train"]),
         (["--task", "QQP"], ["QQP/train.tsv", "no such file"]),
         (["--task", "RTE"], ["--bert"]),
-        (["--task", "RTE", "--bert", "nowhere"], ["nowhere/config.json", "no such file"]),
+        (["--task", "RTE", "--bert", "nowhere"], ["nowhere: no such folder", "HF_HUB_OFFLINE"]),
         (["--layers", "5"], ["5 student layers", "4"]),
         (["--keep-layers", "3,1"], ["--keep-layers", "1 to 4"]),
         (["--keep-layers", "0,2"], ["--keep-layers", "1 to 4"]),

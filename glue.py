@@ -795,6 +795,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = {"check": _run_check, "download": _run_download, "submit": _run_submit}
     try:
         return run[arguments.command](arguments)
+    except BrokenPipeError:  # `| head` has seen enough
+        sys.stdout = open(os.devnull, "w")
+        return 1
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -17,12 +17,16 @@ copied into another project; below it, data.py and glue.py are needed too.
 """
 
 import argparse
+import copy
+import difflib
 import io
 import json
 import math
 import os
 import platform
 import re
+import shlex
+import shutil
 import struct
 import sys
 import time
@@ -34,7 +38,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -152,9 +156,12 @@ _IMPLEMENTED: dict[str, tuple] = {  # what BertConfig.load accepts under keys it
 }
 
 
-def opt(default: Any, help: str) -> Any:
-    """A config field whose help text is its documentation; --help prints the same words."""
-    return field(default=default, metadata={"help": help})
+def opt(default: Any, help: str, group: str = "") -> Any:
+    """A config field whose help text is its documentation; --help prints the same words.
+
+    group: heading in --help of this field and of those that follow.
+    """
+    return field(default=default, metadata={"help": help, "group": group})
 
 
 @dataclass(frozen=True)
@@ -162,7 +169,9 @@ class DistillConfig:
     """Every option of every command: its default, and what --help says of it."""
 
     task: str = opt(
-        "toy", "'toy' (built in), a GLUE task (CoLA SST-2 MRPC ...) or a folder of data of your own"
+        "toy",
+        "'toy' (built in), a GLUE task (CoLA SST-2 MRPC ...) or a folder of data of your own",
+        group="task and files",
     )
     regression: bool = opt(False, "the labels of your own data are scores, not classes")
     data_dir: str = opt("glue", "folder of the GLUE files, DATA_DIR/TASK/train.tsv and so on")
@@ -176,9 +185,13 @@ class DistillConfig:
     overwrite: bool = opt(False, "replace the run that --out holds: finished, or of other flags")
     force: bool = opt(False, "distil even a teacher that is no better than the majority label")
 
-    layers: int = opt(0, "encoder layers the student keeps, evenly spaced; 0 is half the teacher's")
+    layers: int = opt(
+        0, "encoder layers it keeps, evenly spaced; 0 is half the teacher's", group="the student"
+    )
     keep_layers: str = opt("", "or the layers themselves, counted from 1: 1,3,5")
-    moe: bool = opt(True, "mixture of experts over the sentence features")
+    baseline: bool = opt(True, "fine-tune it on the labels alone too, for the closing table")
+
+    moe: bool = opt(True, "mixture of experts over the sentence features", group="the method")
     fal: bool = opt(True, "feature alignment loss")
     gan: bool = opt(True, "discriminator and adversarial loss")
     soft: bool = opt(True, "soft targets")
@@ -192,7 +205,9 @@ class DistillConfig:
     balance_weight: float = opt(0.01, "weight of the importance loss that keeps every expert used")
     transfer: float = opt(-1.0, "transfer texts per training example; -1 chooses, 0 is none")
 
-    epochs: int = opt(0, "passes over training and transfer text; 0 chooses by their size")
+    epochs: int = opt(
+        0, "passes over training and transfer text; 0 chooses by their size", group="training"
+    )
     teacher_epochs: int = opt(0, "passes of the teacher's fine-tuning; 0 chooses by size")
     lr: float = opt(0.0, "the student's peak learning rate; 0 is 1e-4, or 1e-3 for toy")
     teacher_lr: float = opt(0.0, "the teacher's peak learning rate; 0 is 5e-5, or 1e-3 for toy")
@@ -203,7 +218,7 @@ class DistillConfig:
     max_length: int = opt(128, "tokens per text, [CLS] and [SEP] included; longer ones are cut")
     limit: int = opt(0, "use the first N training examples; 0 is all")
     seed: int = opt(0, "of every random choice")
-    device: str = opt("auto", "'auto', 'cpu', 'cuda' or 'mps'")
+    device: str = opt("auto", "'auto', 'cpu', 'cuda' or 'mps'", group="machine and log")
     precision: str = opt(
         "auto",
         "'fp32', 'bf16' (autocast), or 'auto': bf16 to train where that is faster, else fp32",
@@ -211,7 +226,9 @@ class DistillConfig:
     log_every: int = opt(50, "steps between two lines of the log")
     save_every: int = opt(500, "steps between two checkpoints, from which a killed run continues")
     checkpoint: str = opt(
-        "", "a checkpoint: its folder, the --out of a run (its student), or its name on the Hub"
+        "",
+        "a checkpoint: its folder, the --out of a run (its student), or its name on the Hub",
+        group="what to answer",
     )
     split: str = opt("dev", "the split: 'dev', 'test', or for MNLI 'test_mismatched'")
     text: Sequence[str] = opt((), "a text, or the two of a pair; none: --file or standard input")
@@ -1075,9 +1092,9 @@ def train(
             )
         optimizer.step()
         optimizer.zero_grad()
-        if step % config.log_every == 0 or step == steps:
+        if (kept := step % config.log_every == 0 or step == steps) or log.due():
             rate = (step - first) * size / (time.perf_counter() - started)
-            log.step(step, steps, terms, optimizer.param_groups[0]["lr"], rate, size)
+            log.step(step, steps, terms, optimizer.param_groups[0]["lr"], rate, size, kept)
         if resume and (step % config.save_every == 0 or step == steps):
             resume.save(step, log)
     all_words(model, *words)
@@ -1238,6 +1255,7 @@ def teacher_pass(
     keep: Sequence[int],
     config: DistillConfig,
     path: Path,
+    log: "Log | None" = None,
 ) -> TeacherCache:
     """Runs the teacher once over all texts and keeps its logits and the features of layers `keep`.
 
@@ -1257,25 +1275,37 @@ def teacher_pass(
     features = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.float16)
     features = features.view(shape)
     logits = torch.full((len(encoded), len(teacher.config.labels)), -torch.inf)
+    done, started = 0, time.perf_counter()
     for rows, mask, output in run_batches(teacher, encoded, config, part, parts):
         matched = [output.hidden_states[layer] for layer in keep]
         features[rows] = sentence_features(matched, mask).half().cpu()
         logits[rows] = output.logits.float().cpu()
+        done += len(rows) * parts
+        if log:
+            log.count(min(done, len(encoded)), len(encoded), started)
     return TeacherCache(features, gather(logits, config), labels)
 
 
 class Log:
-    """log.jsonl, one object a line, and the same for people on stdout."""
+    """log.jsonl, one object a line, and the same for people: lines, or on a terminal a live one."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.phase, self.started = path, "", 0.0
         self.seconds: dict[str, float] = {}  # of each phase, those before a kill included
+        self.live = sys.stdout.isatty()
+        self.shown, self.unfinished = 0.0, False  # when the last line was, and if it stands open
 
     @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Names the phase of what is logged inside, and takes its time."""
+    def timed(self, phase: str, what: str) -> Iterator[None]:
+        """Names the phase of what is logged inside, says what it does, and takes its time."""
         self.phase, self.started = phase, time.perf_counter()
-        yield
+        self.shown = self.started
+        print(f"\n{phase}: {what}", flush=True)
+        try:
+            yield
+        finally:
+            if self.unfinished:
+                print()
         self.seconds = self.so_far()
 
     def so_far(self) -> dict[str, float]:
@@ -1289,25 +1319,53 @@ class Log:
         with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"phase": self.phase} | event) + "\n")
 
+    def due(self, seconds: float = 0.2) -> bool:
+        """Whether a terminal's line is that old; the losses of several processes take a sum."""
+        return self.live and process()[1] == 1 and time.perf_counter() - self.shown > seconds
+
+    def show(self, line: str, last: bool) -> None:
+        """A line; on a terminal the next one takes its place, unless it is the last."""
+        if self.live:
+            width = shutil.get_terminal_size().columns - 1
+            line = "\r" + (line if last else line[:width]).ljust(width)
+        print(line, end="" if self.live and not last else "\n", flush=True)
+        self.shown, self.unfinished = time.perf_counter(), self.live and not last
+
     def step(
-        self, step: int, steps: int, terms: dict[str, Tensor], lr: float, rate: float, size: int
-    ) -> None:
+        self, step: int, steps: int, terms: dict[str, Tensor], lr: float, rate: float, size: int,
+        kept: bool,
+    ) -> None:  # fmt: skip
         """One line whose weighted terms, means over the processes, add up to the loss.
 
-        rate: examples per second; size: examples per step.
+        rate: examples per second; size: examples per step; kept: in log.jsonl, too.
         """
         values = torch.stack([term.detach() for term in terms.values()])
         if dist.is_initialized():
             dist.all_reduce(values)
         numbers = dict(zip(terms, (values / process()[1]).tolist()))
-        loss, eta = sum(numbers.values()), round((steps - step) * size / rate)
-        self.write(step=step, steps=steps, loss=loss, **numbers, lr=lr, examples_per_second=rate)
+        loss = sum(numbers.values())
+        if kept:
+            self.write(
+                step=step, steps=steps, loss=loss, **numbers, lr=lr, examples_per_second=rate
+            )
         parts = " + ".join(f"{name} {number:.4f}" for name, number in numbers.items())
-        print(
-            f"{self.phase} {step:5d}/{steps} | loss {loss:.4f} = {parts} | lr {lr:.2e} | "
-            f"{rate:.0f} ex/s | eta {eta // 60}:{eta % 60:02d}",
-            flush=True,
-        )
+        left = eta(steps - step, rate / size)
+        line = f"{self.phase} {step:5d}/{steps} | {rate:.0f} ex/s | eta {left} | loss {loss:.4f}"
+        self.show(f"{line} = {parts} | lr {lr:.2e}", last=step == steps)
+
+    def count(self, done: int, total: int, started: float) -> None:
+        """How many of the texts are done, now and then; started: perf_counter at the first."""
+        wait = 0.2 if self.live else 30.0
+        if (last := done >= total) or time.perf_counter() - self.shown > wait:
+            rate = done / (time.perf_counter() - started)
+            left = eta(total - done, rate)
+            self.show(f"{self.phase} {done:7,}/{total:,} | {rate:.0f} ex/s | eta {left}", last)
+
+
+def eta(left: float, rate: float) -> str:
+    """Minutes and seconds for what is left, at this rate per second."""
+    seconds = round(left / rate)
+    return f"{seconds // 60}:{seconds % 60:02d}"
 
 
 # --- continuing a killed run ---------------------------------------------------------------------
@@ -1476,6 +1534,12 @@ def auto_epochs(examples: int, budget: int, batch_size: int) -> int:
     """As many passes as show about `budget` examples, 3 to 10, or as make 200 steps: OURS(9)."""
     steps = math.ceil(examples / batch_size)
     return max(min(max(round(budget / examples), 3), 10), math.ceil(200 / steps))
+
+
+def fine_tuning_epochs(config: DistillConfig, task: "glue.Task", examples: int) -> int:
+    """Passes of the teacher's fine-tuning, and of the student's on labels alone."""
+    budget = 40_000 if task.name == "toy" else 24_000
+    return config.teacher_epochs or auto_epochs(examples, budget, config.batch_size)
 
 
 def find_task(config: DistillConfig, labels: Sequence[str] = ()) -> "glue.Task":
@@ -1753,7 +1817,7 @@ def make_teacher(
     """
     import data
 
-    if resume.phase == "student":  # the teacher was finished
+    if resume.phase in ("student", "baseline"):  # the teacher was finished
         config = replace(config, teacher=str(out / "teacher"))
     teacher, folder = starting_bert(config, task, out)
     keep_layers(config, teacher.config.num_hidden_layers)
@@ -1776,8 +1840,7 @@ def make_teacher(
             known = ship(labels[rows], output.logits.device)
             return {"hard": hard_loss(output.logits.float(), known)}
 
-        budget = 40_000 if task.name == "toy" else 24_000
-        epochs = config.teacher_epochs or auto_epochs(len(encoded), budget, config.batch_size)
+        epochs = fine_tuning_epochs(config, task, len(encoded))
         train(
             teacher, encoded, objective, config, log,
             epochs=epochs, lr=config.teacher_lr, resume=resume,
@@ -1793,12 +1856,15 @@ def finetune(config: DistillConfig) -> None:
     train_set, _ = load_split(config, task, "train"), load_split(config, task, "dev")
     log = Log(out / "log.jsonl")
     resume = Resume(out, config, train_set, log)
-    with log.timed("teacher"):
+    with log.timed("teacher", f"fine-tunes a BERT on the {len(train_set.texts):,} training texts"):
         teacher, tokenizer, _, _ = make_teacher(config, task, train_set, out, log, resume)
         scores = score_model(teacher, tokenizer, task, config, log)
     write_results(out, config, task, log, {"teacher": scores})
     resume.done()
-    print(f"saved {out / 'teacher'}; distil it: --task {config.task} --teacher {out / 'teacher'}")
+    flags = " --regression" if config.regression else ""
+    flags += "" if task.folder or task.name == "toy" else f" --data-dir {config.data_dir}"
+    print(f"\nsaved {out / 'teacher'}")
+    print(f"next: python microbert.py --task {config.task}{flags} --teacher {out}")
 
 
 def distill(config: DistillConfig) -> None:
@@ -1809,42 +1875,94 @@ def distill(config: DistillConfig) -> None:
     train_set, dev = load_split(config, task, "train"), load_split(config, task, "dev")
     log, results = Log(out / "log.jsonl"), {}
     resume = Resume(out, config, train_set, log)
+    count = len(train_set.texts)
+    print(f"MicroBERT on {task.name}: {count:,} training texts, {len(dev.texts):,} of dev")
     transfer = gather_transfer(config, task, train_set.texts)
-    with log.timed("teacher"):
+    what = "as it was given" if config.teacher else f"fine-tunes a BERT on the {count:,} texts"
+    with log.timed("teacher", what):
         teacher, tokenizer, encoded, labels = make_teacher(
             config, task, train_set, out, log, resume
         )
         results["teacher"] = score_model(teacher, tokenizer, task, config, log)
     refuse_majority(task, dev, results["teacher"]["score"], config.force)
-    with log.timed("cache"):
+    with log.timed("cache", "runs the teacher once and keeps its logits and sentence features"):
         keep = keep_layers(config, teacher.config.num_hidden_layers)
-        encoded = data.concatenate(encoded, data.encode(tokenizer, transfer))
+        every = data.concatenate(encoded, data.encode(tokenizer, transfer))
         labels = torch.cat([labels, torch.full((len(transfer),), torch.nan)])
         center, spread = score_unit(task, train_set.labels)
         rescale(teacher, 1 / spread, -center / spread)
         cache_file = out / f"cache{os.environ.get('GROUP_RANK', '')}.f16"  # one to a machine
-        cache = teacher_pass(teacher, encoded, labels, keep, config, cache_file)
-    with log.timed("experts"):
-        experts = make_experts(cache, config) if config.moe and (config.fal or config.gan) else None
-    with log.timed("pruned"):
-        student = prune(teacher.cpu(), keep)
+        cache = teacher_pass(teacher, every, labels, keep, config, cache_file, log)
+    experts = None
+    if config.moe and (config.fal or config.gan):
+        with log.timed("experts", "fits experts and gate to the task on the teacher's features"):
+            experts = make_experts(cache, config)
+    with log.timed("pruned", f"the teacher's layers {', '.join(map(str, keep))}, as they are"):
+        pruned = prune(teacher.cpu(), keep)
         del teacher  # its memory is the student's to use
-        results["pruned"] = score_model(student, tokenizer, task, config, log)
-    with log.timed("student"):
-        budget = 20_000 if task.name == "toy" else 100_000
-        epochs = config.epochs or auto_epochs(len(encoded), budget, config.batch_size)
-        objective = Distillation(cache, experts, config)
-        train(student, encoded, objective, config, log, epochs=epochs, lr=config.lr, resume=resume)
-        rescale(student, spread, center)
+        results["pruned"] = score_model(pruned, tokenizer, task, config, log)
+    with log.timed("student", f"the same, distilled from the teacher on {len(every):,} texts"):
+        if resume.phase == "baseline":  # the student was finished
+            student = load_bert(out / "student")
+        else:
+            budget = 20_000 if task.name == "toy" else 100_000
+            epochs = config.epochs or auto_epochs(len(every), budget, config.batch_size)
+            objective = Distillation(cache, experts, config)
+            student = copy.deepcopy(pruned)
+            train(student, every, objective, config, log, epochs=epochs, lr=config.lr,
+                  resume=resume)  # fmt: skip
+            rescale(student, spread, center)
         results["student"] = score_model(student, tokenizer, task, config, log)
     save_bert(student, out / "student", tokenizer_from=out / "teacher")
-    write_results(out, config, task, log, results)
-    print_table(results)
-    files = "" if task.folder else f" --data-dir {config.data_dir}"
-    print(f"next: python microbert.py predict {out} --task {config.task}{files}")
+    if config.baseline:
+        with log.timed("baseline", "the same, fine-tuned on the labels alone, for comparison"):
+            plain = replace(config, moe=False, fal=False, gan=False, soft=False)
+            epochs = fine_tuning_epochs(config, task, count)
+            train(pruned, encoded, Distillation(cache, None, plain), config, log, epochs=epochs,
+                  lr=config.lr, resume=resume)  # fmt: skip
+            rescale(pruned, spread, center)
+            results["baseline"] = score_model(pruned, tokenizer, task, config, log)
+    finish(out, config, task, log, results, data.encode(tokenizer, dev.texts[:128]))
+    texts = min(dev.texts, key=lambda text: len(str(text)))
+    command = ["predict", str(out), *([texts] if isinstance(texts, str) else texts)]
+    print(f"next: python microbert.py {shlex.join(command)}")
     with suppress(OSError):  # a system that keeps mapped files keeps this one
         cache_file.unlink()
     resume.done()
+
+
+def finish(
+    out: Path,
+    config: DistillConfig,
+    task: "glue.Task",
+    log: Log,
+    results: dict[str, Any],
+    sample: "data.Encoded",
+) -> None:
+    """Sizes and speeds of teacher and student, results.json and the closing table."""
+    if dist.is_initialized():
+        dist.barrier()  # the first one has written the student
+    models = {part: load_bert(out / part) for part in ("teacher", "student")}
+    speeds = examples_per_second(list(models.values()), sample, config)
+    results["examples_per_second"] = dict(zip(models, speeds))
+    for name in results.keys() - {"examples_per_second"}:
+        file = out / ("teacher" if name == "teacher" else "student") / "model.safetensors"
+        results[name]["megabytes"] = round(file.stat().st_size / 1e6, 1)
+    write_results(out, config, task, log, results)
+    print_table(results)
+
+
+def examples_per_second(
+    models: Sequence[Bert], encoded: "data.Encoded", config: DistillConfig
+) -> list[float]:
+    """Texts that each model answers in a second, in fp32, the best of three alternating rounds."""
+    config, best = replace(config, precision="fp32"), [0.0] * len(models)
+    for _ in range(3):
+        for i, model in enumerate(models):
+            started = time.perf_counter()
+            predict_logits(model, encoded, config)
+            best[i] = max(best[i], len(encoded) / (time.perf_counter() - started))
+    return best
 
 
 def make_experts(cache: TeacherCache, config: DistillConfig) -> SentenceExperts:
@@ -1884,20 +2002,25 @@ def write_results(
         "seed": config.seed,
         **results,
         "seconds": {name: round(seconds, 2) for name, seconds in log.seconds.items()},
-        "config": asdict(config),
+        "config": {k: v for k, v in asdict(config).items() if k not in ("checkpoint", *_ANSWER)},
         "versions": versions,
     }
     write_file(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
 
 
 def print_table(results: dict[str, Any]) -> None:
-    """Teacher, pruned and student side by side."""
-    teacher = results["teacher"]["score"]
-    print(f"\n{'':10}{'layers':>8}{'parameters':>14}{'dev score':>11}{'of teacher':>12}")
-    for name in ("teacher", "pruned", "student"):
-        row = results[name]
-        share = f"{100 * row['score'] / teacher:.1f} %" if teacher else "-"
-        print(f"{name:10}{row['layers']:8}{row['parameters']:14,}{row['score']:11.2f}{share:>12}")
+    """Teacher, pruned, fine-tuned only and MicroBERT side by side."""
+    teacher, speed = results["teacher"]["score"], results["examples_per_second"]
+    print("\n                 layers   parameters       MB  examples/s  dev score  of teacher")
+    for name, called in (("teacher", "teacher"), ("pruned", "pruned"),
+                         ("baseline", "fine-tuned only"), ("student", "MicroBERT")):  # fmt: skip
+        if row := results.get(name):
+            share = f"{100 * row['score'] / teacher:.1f} %" if teacher else "-"
+            rate = speed["teacher" if name == "teacher" else "student"]
+            print(
+                f"{called:15}{row['layers']:8}{row['parameters']:13,}{row['megabytes']:9.1f}"
+                f"{rate:12,.0f}{row['score']:11.2f}{share:>12}"
+            )
     print()
 
 
@@ -2030,51 +2153,110 @@ _RUN = ("max_length", "device", "precision")
 _ANSWER = ("split", "text", "file", "json")
 _TRAIN = ("bert", "out", "overwrite", "limit", "seed", "batch_size", "warmup", "weight_decay",
           "clip", "log_every", "save_every", "teacher_epochs", "teacher_lr")  # fmt: skip
-_COMMANDS: dict[str, tuple[Callable[[DistillConfig], None], tuple[str, ...]]] = {
+# Command -> what runs it, its options, examples of it.
+_COMMANDS: dict[str, tuple[Callable[[DistillConfig], None], tuple[str, ...], str]] = {
     "distill": (
         distill,
         tuple(f.name for f in fields(DistillConfig) if f.name not in ("checkpoint", *_ANSWER)),
+        """
+  python microbert.py
+  python microbert.py --task MRPC --bert google-bert/bert-base-uncased --out runs/MRPC
+  python microbert.py --task path/to/my_data --bert path/to/bert --layers 2 --out runs/mine""",
     ),
-    "finetune": (finetune, _DATA + ("regression",) + _TRAIN + _RUN),
-    "evaluate": (evaluate, ("checkpoint",) + _DATA + ("split",) + _RUN),
-    "predict": (predict, ("checkpoint",) + _ANSWER + ("out",) + _DATA + _RUN),
+    "finetune": (
+        finetune,
+        _DATA + ("regression",) + _TRAIN + _RUN,
+        """
+  python microbert.py finetune --task RTE --bert google-bert/bert-base-uncased --out runs/RTE""",
+    ),
+    "evaluate": (
+        evaluate,
+        ("checkpoint",) + _DATA + ("split",) + _RUN,
+        """
+  python microbert.py evaluate runs/MRPC --task MRPC --data-dir glue""",
+    ),
+    "predict": (
+        predict,
+        ("checkpoint",) + _ANSWER + ("out",) + _DATA + _RUN,
+        """
+  python microbert.py predict runs/MRPC "He left at noon." "At noon he went away."
+  python microbert.py predict runs/MRPC --file pairs.tsv --json
+  python microbert.py predict runs/MRPC --task MRPC --split test --out predictions/MRPC.tsv""",
+    ),
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
 def parser() -> argparse.ArgumentParser:
     """One flag per field of DistillConfig, for the commands that use it."""
-    top = argparse.ArgumentParser(
-        prog="microbert", description="Distil a BERT into a layer-pruned student. Commands: "
-        + "; ".join(f"{name}: {run.__doc__}" for name, (run, _) in _COMMANDS.items()),
+    prose = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    top = Parser(
+        prog="microbert.py", **prose, description="Distils a BERT into a layer-pruned student.",
+        epilog="`python microbert.py COMMAND --help` shows the options of a command and examples; "
+        "without a\ncommand it is distill, and without options the built-in task.",
     )  # fmt: skip
-    top.add_argument("--version", action="version", version=__version__)
-    commands = top.add_subparsers(dest="command", required=True)
-    for command, (run, names) in _COMMANDS.items():
+    top.add_argument("--version", action="version", version=f"microbert {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command, (run, names, examples) in _COMMANDS.items():
         sub = commands.add_parser(
-            command, help=run.__doc__, description=run.__doc__, allow_abbrev=False
-        )
-        for f in [f for f in fields(DistillConfig) if f.name in names]:
-            flags = ["--" + f.name.replace("_", "-")]
-            if command == "finetune" and f.name.startswith("teacher_"):
-                flags.append(flags[0].replace("teacher-", ""))  # its only training: --epochs, --lr
-            chosen = "" if (command, f.name) == ("predict", "task") else f.default
-            default = "" if chosen in ("", ()) else f" [{chosen}]"
-            text = (f.metadata["help"] + default).replace("%", "%%")
-            if f.name in ("checkpoint", "text"):
-                sub.add_argument(f.name, help=text, nargs="*" if f.name == "text" else None)
-            elif isinstance(f.default, bool):
-                sub.add_argument(
-                    *flags, default=f.default, help=text, action=argparse.BooleanOptionalAction
-                )
-            else:
-                sub.add_argument(
-                    *flags,
-                    default=chosen,
-                    help=text,
-                    type=type(chosen),
-                    metavar=type(chosen).__name__,
-                )
+            command, **prose, help=(run.__doc__ or "").split("\n")[0], description=run.__doc__,
+            epilog=f"examples:{examples}", usage=f"python microbert.py {command} [options]",
+        )  # fmt: skip
+        headings, heading = {}, ""
+        for f in fields(DistillConfig):
+            heading = f.metadata["group"] or heading
+            if f.name in names:
+                if heading not in headings:
+                    headings[heading] = sub.add_argument_group(heading)
+                add_option(headings[heading], command, f.name, f.default, f.metadata["help"])
     return top
+
+
+def add_option(group: Any, command: str, name: str, default: Any, text: str) -> None:
+    """One field of DistillConfig as a flag, or as an argument without one."""
+    flags = ["--" + name.replace("_", "-")]
+    if command == "finetune" and name.startswith("teacher_"):
+        flags.append(flags[0].replace("teacher-", ""))  # its only training: --epochs, --lr
+    default = "" if (command, name) == ("predict", "task") else default
+    text = (text + ("" if default in ("", ()) else f" [{default}]")).replace("%", "%%")
+    if name in ("checkpoint", "text"):
+        group.add_argument(name, help=text, nargs="*" if name == "text" else None)
+    elif isinstance(default, bool):
+        group.add_argument(
+            *flags, default=default, help=text, action=argparse.BooleanOptionalAction
+        )
+    else:
+        kind = type(default)
+        group.add_argument(*flags, default=default, help=text, type=kind, metavar=kind.__name__)
+
+
+def parse(arguments: list[str]) -> dict[str, Any]:
+    """The command and the values of its options; one that there is not ends with the nearest."""
+    if not arguments or arguments[0].startswith("-") and arguments[0] not in _TOP_FLAGS:
+        arguments = ["distill", *arguments]
+    if arguments[0] not in (*_COMMANDS, *_TOP_FLAGS):
+        (near,) = difflib.get_close_matches(arguments[0], _COMMANDS, n=1, cutoff=0.0)
+        raise ValueError(
+            f"no command '{arguments[0]}', did you mean {near}? ({', '.join(_COMMANDS)})"
+        )
+    chosen, unknown = parser().parse_known_args(arguments)
+    if unknown:
+        flags = ["--" + name.replace("_", "-") for name in _COMMANDS[chosen.command][1]]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        raise ValueError(
+            f"{chosen.command} has no '{unknown[0]}'{hint or '; its --help shows what it has'}"
+        )
+    return vars(chosen)
+
+
+_TOP_FLAGS = ("-h", "--help", "--version")
 
 
 def join_processes(config: DistillConfig) -> DistillConfig:
@@ -2096,17 +2278,15 @@ def join_processes(config: DistillConfig) -> DistillConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; a user's mistake is one line on stderr and exit code 2."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] not in (*_COMMANDS, "-h", "--help", "--version"):
-        arguments.insert(0, "distill")
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by whoever started this
             setattr(sys, name, open(os.devnull, mode))
-    chosen = vars(parser().parse_args(arguments))
-    run, _ = _COMMANDS[chosen.pop("command")]
+    chosen: dict[str, Any] = {}
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter gets its number
         getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
     try:
+        chosen = parse(list(sys.argv[1:] if argv is None else argv))
+        run, *_ = _COMMANDS[chosen.pop("command")]
         run(join_processes(settle(DistillConfig(**chosen))))
         if dist.is_initialized():  # together: one that is gone would take the others' threads along
             dist.barrier()

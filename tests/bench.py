@@ -373,6 +373,9 @@ def loops(s):
 class Quiet:
     """A log that says nothing."""
 
+    def due(self):
+        return False
+
     def step(self, *_):
         pass
 

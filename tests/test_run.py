@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import shlex
 import stat
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from microbert import Bert, BertConfig, load_bert, main, save_bert
 
 WORDS = "a the cat dog bird fish sat ran ate saw on in mat tree not big small red old".split()
 QUICK = ["--epochs", "1", "--teacher-epochs", "1", "--batch-size", "8", "--device", "cpu",
-         "--transfer", "0.5", "--max-length", "24"]  # fmt: skip
+         "--transfer", "0.5", "--max-length", "24", "--no-baseline"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +151,55 @@ def test_a_run_leaves_what_the_contract_says(files, task, capsys):
     assert not (out / "cache.f16").exists() and not list(out.rglob("*.part"))
     printed = capsys.readouterr().out
     assert printed.count("[CLS]") == 2 and "of teacher" in printed
+    assert {"teacher", "student"} == set(results["examples_per_second"])
+    size = (out / "student/model.safetensors").stat().st_size
+    assert results["student"]["megabytes"] == round(size / 1e6, 1)
+
+
+@pytest.mark.parametrize("task", ["SST-2", "STS-B"])
+def test_the_closing_table_compares_with_plain_fine_tuning(files, capsys, monkeypatch, task):
+    """Catches a baseline that sees the teacher, transfer text or other passes, and a table
+    whose rows are mixed up."""
+    assert distil(files, task, out="without") == 0
+    seen, train = [], microbert.train
+
+    def watched(model, encoded, objective, config, log, **rest):
+        seen.append((log.phase, len(encoded), rest["epochs"], rest["lr"]))
+        terms = set()
+
+        def named(*arguments):
+            found = objective(*arguments)
+            terms.update(found)
+            return found
+
+        named.stateful = getattr(objective, "stateful", {})
+        train(model, encoded, named, config, log, **rest)
+        seen[-1] += (terms,)
+
+    monkeypatch.setattr(microbert, "train", watched)
+    assert distil(files, task, "--baseline", "--teacher-epochs", "2", "--lr", "1e-3") == 0
+    assert seen[0] == ("teacher", 40, 2, 5e-5, {"hard"})
+    assert seen[1] == ("student", 60, 1, 1e-3, {"hard", "soft", "align", "adv"})
+    assert seen[2] == ("baseline", 40, 2, 1e-3, {"hard"})
+    results = json.loads((files / "out/results.json").read_text())
+    shown = capsys.readouterr().out
+    rows = re.findall(
+        r"^([\w -]+?) +(\d) +([\d,]+) +([\d.]+) +([\d,]+) +([\d.-]+) ",
+        shown.rpartition("of teacher\n")[2], flags=re.M,
+    )  # fmt: skip
+    names = ["teacher", "pruned", "baseline", "student"]
+    assert [row[0] for row in rows] == ["teacher", "pruned", "fine-tuned only", "MicroBERT"]
+    for name, row in zip(names, rows):
+        found = results[name]
+        assert row[1:4] == (
+            str(found["layers"]),
+            f"{found['parameters']:,}",
+            str(found["megabytes"]),
+        )
+        assert float(row[5]) == pytest.approx(found["score"], abs=0.006)
+    command = shlex.split(re.findall(r"^next: python microbert.py (.*)$", shown, flags=re.M)[-1])
+    assert command[:2] == ["predict", str(files / "out")]
+    assert main([*command, "--device", "cpu", "--max-length", "24"]) == 0
 
 
 def results_labels(task):
@@ -227,6 +277,7 @@ def test_the_teacher_is_no_part_of_the_student(files, monkeypatch):
         calls.append(self)
         return forward(self, *arguments, **options)
 
+    monkeypatch.setattr(microbert, "finish", lambda *_: None)  # which times both
     monkeypatch.setattr(microbert, "train", watched)
     monkeypatch.setattr(Bert, "forward", counted)
     distil(files, "SST-2", "--epochs", "3")
@@ -362,7 +413,7 @@ def test_a_reused_teacher_of_scores_is_left_alone(files, capsys):
     """Catches a teacher whose scores are scaled each time it is distilled."""
     folder = own_data(files / "mine", [str(1000 + 10 * i) for i in range(5)])
     assert distil(files, folder, "--regression", "--teacher-epochs", "9") == 0
-    assert f"predict {files / 'out'} --task {folder}\n" in capsys.readouterr().out
+    assert f"predict {files / 'out'} '" in capsys.readouterr().out
     made = files / "out/teacher"
     options = ("--task", folder, "--teacher", made, "--out", files / "two", "--regression")
     assert run(files, *options, *QUICK, "--force") == 0
@@ -391,7 +442,7 @@ def test_a_regression_teacher_of_your_own(files, capsys):
     assert run(files, "finetune", *options, "--epochs", "1", "--max-length", "24") == 0
     printed = capsys.readouterr().out
     assert "[SEP] -> 100\n" in printed and "[SEP] -> 250.5\n" in printed
-    assert f"--task {folder} --teacher {files / 'made/teacher'}" in printed
+    assert f"--task {folder} --regression --teacher {files / 'made'}\n" in printed
 
 
 def test_passes_of_a_training():
@@ -605,9 +656,67 @@ def test_help_speaks_of_every_option(capsys):
                 assert field.metadata["help"]
                 flag = "--" + field.name.replace("_", "-")
                 assert flag in shown or field.name in ("checkpoint", *microbert._ANSWER), flag
+        else:
+            assert "--soft-weight" not in shown
+        assert f"python microbert.py {command.replace('distill', '--task')}" in shown  # an example
+        assert "[dev]" in shown or command in ("distill", "finetune")  # defaults
+        assert max(map(len, shown.splitlines())) <= 100
     with pytest.raises(SystemExit) as stop:
-        main(["--tusk", "toy"])
-    assert stop.value.code == 2
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and len(shown.splitlines()) < 25 and "evaluate" in shown
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"microbert {microbert.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, needles",
+    [
+        (["evalute", "out"], ["no command 'evalute'", "evaluate?"]),
+        (["--tusk", "toy"], ["--tusk", "--task?"]),
+        (["--tempreature=3"], ["--tempreature=3", "--temperature?"]),
+        (["finetune", "--zzz"], ["finetune has no '--zzz'", "--help"]),
+        (["evaluate", "a", "b"], ["evaluate has no 'b'"]),
+        (["--task", "MPRC"], ["MPRC", "MRPC?"]),
+    ],
+)
+def test_what_is_mistyped_names_the_nearest(capsys, arguments, needles):
+    """Catches a page of usage in place of one line."""
+    refused(capsys, main(arguments), *needles)
+
+
+@pytest.mark.parametrize("arguments", [["--lr", "fast"], ["evaluate"], ["--seed"]])
+def test_arguments_of_the_wrong_kind(capsys, arguments):
+    """Catches a page of usage in place of one line, from argparse itself."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    refused(capsys, stop.value.code, "--help")
+
+
+def test_a_terminal_has_a_live_line(files, monkeypatch, capsys):
+    """Catches a line for every step on a terminal, an open line before an error, and a line that
+    is longer than the terminal, which would not be replaced."""
+    monkeypatch.setattr(microbert.Log, "due", lambda *_: True)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "40")
+    assert distil(files, "SST-2", "--log-every", "1000") == 0
+    shown = capsys.readouterr().out
+    lines = shown.split("\n")
+    (teacher,) = [line for line in lines if "\rteacher     1/5 |" in line]
+    assert [piece[:15] for piece in teacher.split("\r")[1:]] == [
+        f"teacher     {i}/5" for i in range(1, 6)]  # fmt: skip
+    assert {len(piece) for piece in teacher.split("\r")[1:-1]} == {39}
+    assert "loss" in teacher.split("\r")[-1] and "eta" in teacher.split("\r")[1]
+    assert [line for line in lines if line.startswith("\rcache") and line.rstrip().endswith("0:00")]
+    events = [json.loads(line) for line in (files / "out/log.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in events if "loss" in e] == [5, 8]
+    monkeypatch.setattr(microbert, "hard_loss", lambda logits, _: logits.sum() * math.nan)
+    assert distil(files, "SST-2", out="other") == 2
+    assert capsys.readouterr().out.endswith("\n")
 
 
 # --- the built-in task ---------------------------------------------------------------------------

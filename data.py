@@ -17,11 +17,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from tokenizers.implementations import BertWordPieceTokenizer
+from tokenizers.implementations import BertWordPieceTokenizer  # type: ignore[attr-defined]
 from tokenizers.normalizers import BertNormalizer
 from torch import Tensor
 
@@ -29,6 +30,8 @@ __all__ = [
     "Encoded", "bucketed_batches", "collate", "concatenate", "encode", "load_tokenizer",
     "sentences_of", "sorted_batches", "toy_examples", "toy_vocabulary", "transfer_texts",
 ]  # fmt: skip
+
+Texts = Sequence[Any]  # sentences, or (first, second) pairs of them
 
 # --- tokenizer -----------------------------------------------------------------------------------
 
@@ -64,7 +67,7 @@ def load_tokenizer(folder: str | Path, max_length: int = 128) -> Tokenizer:
     return tokenizer
 
 
-def _tokenizer_options(folder: Path) -> dict[str, bool]:
+def _tokenizer_options(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json's switches under the names the tokenizers library gives them."""
     path = folder / "tokenizer_config.json"
     try:
@@ -103,7 +106,7 @@ class Encoded:
         return len(self.offsets) - 1
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence, chunk: int = 1024) -> Encoded:
+def encode(tokenizer: Tokenizer, texts: Texts, chunk: int = 1024) -> Encoded:
     """Encodes sentences, or (first, second) pairs, in chunks that bound the memory taken.
 
     Raises ValueError naming the text that is no Unicode (a lone surrogate) or no text at all.
@@ -132,7 +135,7 @@ def encode(tokenizer: Tokenizer, texts: Sequence, chunk: int = 1024) -> Encoded:
     return Encoded(np.concatenate(ids), np.concatenate(type_ids), np.cumsum(lengths))
 
 
-def _refuse_odd_text(texts: Sequence, start: int) -> None:
+def _refuse_odd_text(texts: Texts, start: int) -> None:
     """Raises ValueError for the first of these texts, numbers start + 1 on, that is none."""
     for number, text in enumerate(texts, start + 1):
         parts = [text] if isinstance(text, str) else text
@@ -200,8 +203,8 @@ def sorted_batches(lengths: np.ndarray, max_tokens: int = 2048) -> Iterator[np.n
 
 
 def transfer_texts(
-    own: Sequence, others: Sequence[Sequence], held_out: Iterable[str], count: int, seed: int
-) -> tuple[list, int]:
+    own: Texts, others: Sequence[Texts], held_out: Iterable[str], count: int, seed: int
+) -> tuple[list[Any], int]:
     """Up to count unlabelled texts in the form of the task's own, and how many were left out.
 
     own: the task's training texts, sentences or pairs; others: such texts from elsewhere, source
@@ -215,7 +218,7 @@ def transfer_texts(
     pairs = bool(own) and not isinstance(own[0], str)
     foreign = _in_turn([_in_form(source, own, pairs) for source in others], rng)
     sentences = [text for text in foreign if isinstance(text, str)]
-    kept: dict = {}
+    kept: dict[Any, None] = {}
     left_out = 0
     rounds = [(foreign, count // 2)] + [(own, count)] * (1 + count // max(1, len(own)))
     for source, limit in rounds:
@@ -233,12 +236,12 @@ def transfer_texts(
     return list(kept), left_out
 
 
-def sentences_of(texts: Iterable) -> list[str]:
+def sentences_of(texts: Iterable[Any]) -> list[str]:
     """The sentences of texts that are sentences or pairs, in order."""
     return [s for text in texts for s in ([text] if isinstance(text, str) else text)]
 
 
-def _in_form(source: Sequence, own: Sequence, pairs: bool) -> list:
+def _in_form(source: Texts, own: Texts, pairs: bool) -> list[Any]:
     """Pairs (for a task of pairs) and sentences of a source, in length between own's extremes."""
     sizes = sorted(map(_word_count, own or source)) or [0]
     low, high = sizes[len(sizes) // 20], sizes[len(sizes) * 19 // 20]
@@ -251,7 +254,7 @@ def _in_form(source: Sequence, own: Sequence, pairs: bool) -> list:
     return list(dict.fromkeys(texts))
 
 
-def _in_turn(sources: Sequence[list], rng: random.Random) -> list:
+def _in_turn(sources: Sequence[list[Any]], rng: random.Random) -> list[Any]:
     """All texts once, shuffled within their source, one of each source after the other."""
     shuffled = [rng.sample(source, len(source)) for source in sources]
     mixed = (text for row in zip_longest(*shuffled) for text in row if text is not None)
@@ -276,7 +279,7 @@ def _pair_up(text: str, sentences: Sequence[str], rng: random.Random) -> tuple[s
     return text, _drop_words(text, rng) if rng.random() < 0.5 else rng.choice(sentences)
 
 
-def _perturb_pair(pair: tuple[str, str], own: Sequence, rng: random.Random) -> tuple[str, str]:
+def _perturb_pair(pair: tuple[str, str], own: Texts, rng: random.Random) -> tuple[str, str]:
     first, second = pair if rng.random() < 0.5 else pair[::-1]
     kind = rng.random()
     if kind < 0.6:
@@ -350,12 +353,16 @@ def toy_vocabulary() -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints tokens, ids and segments of one text or pair."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if len(arguments) not in (2, 3) or arguments[0].startswith("-"):
-        print('usage: python data.py CHECKPOINT "text" ["pair"]', file=sys.stderr)
-        return 2
+    folder, *texts = list(sys.argv[1:] if argv is None else argv) or [""]
+    helped = folder in ("-h", "--help")
+    if helped or folder.startswith("-") or len(texts) not in (1, 2):
+        usage = 'usage: python data.py CHECKPOINT "text" ["pair"] shows tokens, ids and segments'
+        print(usage, file=sys.stdout if helped else sys.stderr)
+        return 0 if helped else 2
     try:
-        encoding = load_tokenizer(arguments[0], max_length=512).encode(*arguments[1:])
+        encoding = load_tokenizer(folder, max_length=512).encode(
+            texts[0], texts[1] if len(texts) > 1 else None
+        )
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -29,7 +29,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -69,8 +69,15 @@ class Task:
 class Examples(NamedTuple):
     """A split in file order; texts are what `tokenizers` takes as a batch."""
 
-    texts: list  # n sentences, or n (first, second) pairs
+    texts: list[Any]  # n sentences, or n (first, second) pairs
     labels: np.ndarray | None  # (n,) int64 class ids or float64 scores; None where there are none
+
+    @property
+    def gold(self) -> np.ndarray:
+        """The labels, (n,). Raises ValueError where there are none."""
+        if self.labels is None:
+            raise ValueError("these examples have no labels")
+        return self.labels
 
 
 _PAIR = ("sentence1", "sentence2")
@@ -394,7 +401,8 @@ def _direction(x: np.ndarray) -> np.ndarray:
     x = np.ldexp(x, -np.frexp(np.abs(x).max())[1])  # a power of two: exact
     x = x - x.mean()
     x = x / np.abs(x).max()
-    return x / np.linalg.norm(x)
+    unit: np.ndarray = x / np.linalg.norm(x)
+    return unit
 
 
 def spearman(labels: np.ndarray, predictions: np.ndarray) -> float:
@@ -531,7 +539,7 @@ def _check_task(task: Task, folder: Path) -> bool:
         print(_row(task.name, split, len(texts), official, columns, words, known, shown))
         # how many of QQP's broken training rows are counted differs by 3 between sources
         slack = 3 if (task.name, split) == ("QQP", "train") else 0
-        if official != "-" and abs(len(texts) - official) > slack:
+        if isinstance(official, int) and abs(len(texts) - official) > slack:
             print(f"  {path}: {len(texts)} rows, expected the {official} of the official file")
             sound = False
     return sound
@@ -724,7 +732,8 @@ def submit(predictions: str | Path, out: str | Path) -> list[str]:
         raise ValueError(f"{folder}: no predictions in it, expected {', '.join(SUBMISSION)}.tsv")
     if out.exists() and not (out.is_file() and (zipfile.is_zipfile(out) or not out.stat().st_size)):
         raise ValueError(f"{out}: is there and no zip; name another file")
-    contents, filled = {}, []
+    contents: dict[str, str] = {}
+    filled: list[str] = []
     for name, (task_name, split) in SUBMISSION.items():
         task, path = TASKS[task_name], folder / f"{name}.tsv"
         rows = task.rows[task.splits.index(split)]

@@ -19,6 +19,7 @@ copied into another project; below it, data.py and glue.py are needed too.
 import argparse
 import copy
 import difflib
+import inspect
 import io
 import json
 import math
@@ -147,7 +148,9 @@ class BertConfig:
         return json.dumps(stored, indent=2, sort_keys=True) + "\n"
 
 
-_IMPLEMENTED: dict[str, tuple] = {  # what BertConfig.load accepts under keys it does not keep
+_IMPLEMENTED: dict[
+    str, tuple[Any, ...]
+] = {  # what BertConfig.load accepts under keys it does not keep
     "model_type": ("bert",),
     "position_embedding_type": ("absolute", None),
     "hidden_act": ("gelu",),
@@ -284,7 +287,8 @@ class BertLayer(nn.Module):
         hidden = self.attention_norm(hidden + attended)  # (B, T, H)
         widened = F.gelu(self.intermediate(hidden))  # (B, T, intermediate_size), exact GELU
         narrowed = dropout(self.output(widened), self.hidden_dropout, self.training)  # (B, T, H)
-        return self.output_norm(hidden + narrowed)  # (B, T, H)
+        normed: Tensor = self.output_norm(hidden + narrowed)  # (B, T, H)
+        return normed
 
     def attend(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """Multi-head attention before its output projection, (B, T, H) -> (B, T, H)."""
@@ -294,19 +298,21 @@ class BertLayer(nn.Module):
         key = self.key(hidden).view(split).transpose(1, 2)  # (B, N, T, H / N)
         value = self.value(hidden).view(split).transpose(1, 2)  # (B, N, T, H / N)
         rate = self.attention_dropout if self.training else 0.0
+        mixed: Tensor  # (B, N, T, H / N)
         if self.training and hidden.device.type == "cpu":  # 2 to 4 times the fused one's speed here
             scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)  # (B, N, T, T)
             if mask is not None:
                 scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-            mixed = dropout(scores.softmax(-1), rate, True) @ value  # (B, N, T, H / N)
+            mixed = dropout(scores.softmax(-1), rate, True) @ value
         else:
-            mixed = F.scaled_dot_product_attention(query, key, value, mask, rate)  # likewise
+            mixed = F.scaled_dot_product_attention(query, key, value, mask, rate)
         return mixed.transpose(1, 2).reshape(batch, tokens, width)
 
 
 def _embedding(rows: int, size: int) -> nn.Embedding:
     """An embedding not drawn yet; nn.Embedding(rows, size) draws, even where `_draw` will again."""
-    return nn.Embedding.from_pretrained(torch.empty(rows, size), freeze=False)
+    table: nn.Embedding = nn.Embedding.from_pretrained(torch.empty(rows, size), freeze=False)
+    return table
 
 
 class Bert(nn.Module):
@@ -487,7 +493,8 @@ def download_bert(name: str) -> Path:
     HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE hold. Raises FileNotFoundError or OSError
     where there is no such checkpoint, or none that can be reached, saying what to do.
     """
-    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache, utils
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import errors as hub_errors
 
     commit: str | None = None  # of the first file; the others are taken from the same
 
@@ -499,10 +506,10 @@ def download_bert(name: str) -> Path:
                 continue  # known not to be there
             try:
                 return Path(hf_hub_download(name, file, revision=commit))
-            except utils.LocalEntryNotFoundError:  # a kind of EntryNotFoundError
+            except hub_errors.LocalEntryNotFoundError:  # a kind of EntryNotFoundError
                 if not (commit and constants.HF_HUB_OFFLINE):
                     raise
-            except utils.EntryNotFoundError:
+            except hub_errors.EntryNotFoundError:
                 pass
         return None
 
@@ -516,15 +523,15 @@ def download_bert(name: str) -> Path:
         if not get("tokenizer.json", "vocab.txt"):
             raise FileNotFoundError(f"{hub}neither tokenizer.json nor vocab.txt")
         get("tokenizer_config.json"), get("special_tokens_map.json")
-    except utils.GatedRepoError:
+    except hub_errors.GatedRepoError:
         raise FileNotFoundError(
             f"{hub}it is gated: ask for access on its page, then set HF_TOKEN to a token of yours"
         ) from None
-    except utils.RepositoryNotFoundError:
+    except hub_errors.RepositoryNotFoundError:
         raise FileNotFoundError(
             f"{hub}none of that name, or a private one: check the spelling, or set HF_TOKEN"
         ) from None
-    except utils.LocalEntryNotFoundError:
+    except hub_errors.LocalEntryNotFoundError:
         why = "not all of it in the cache, and HF_HUB_OFFLINE is set: unset it once to download"
         if not constants.HF_HUB_OFFLINE:
             why = "it cannot be reached: check the connection and HF_ENDPOINT"
@@ -631,7 +638,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         tensors = {}
         for start, stop, name in spans:
             raw = torch.empty(stop - start, dtype=torch.uint8)
-            if file.readinto(raw.numpy()) != stop - start:
+            if file.readinto(raw.numpy().data) != stop - start:
                 raise ValueError(f"{path}: ends inside tensor {name!r}")
             tensor = raw.view(_DTYPES[header[name]["dtype"]])
             tensors[name] = tensor.view(header[name]["shape"])
@@ -642,8 +649,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """json's object hook that refuses a key given twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        once: set[str] = set()
-        twice = next(name for name, _ in pairs if name in once or once.add(name))
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"name {twice[:80]!r} twice")
     return found
 
@@ -841,9 +848,8 @@ def fit_experts(
     device = experts.gate_bias.device
     gate_parameters = [p for p in (experts.gate_bias, experts.router) if p is not None]
     others = [experts.experts, experts.heads, experts.biases]
-    optimizer = torch.optim.Adam(
-        [{"params": others}, {"params": gate_parameters, "lr": 2e-2}], lr=1e-3
-    )
+    groups: list[dict[str, Any]] = [{"params": others}, {"params": gate_parameters, "lr": 2e-2}]
+    optimizer = torch.optim.Adam(groups, lr=1e-3)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         rows = torch.randint(len(features), (batch_size,), generator=generator)
@@ -914,7 +920,8 @@ class Discriminator(nn.Module):
 
     def forward(self, outputs: Tensor) -> Tensor:
         """(B, F) -> (B,)"""
-        return self.layers(outputs).squeeze(-1)
+        score: Tensor = self.layers(outputs)  # (B, 1)
+        return score.squeeze(-1)
 
 
 def discriminator_loss(discriminator: nn.Module, teacher: Tensor, student: Tensor) -> Tensor:
@@ -1020,7 +1027,8 @@ class Distillation:
         """The last matched layer's z (B, P), the gate from the teacher; without experts (B, H)."""
         if self.experts is None:
             return features[:, -1].mean(1)  # (B, H)
-        return self.experts(features, self.experts.gate(teacher))[:, -1]  # (B, P)
+        fused: Tensor = self.experts(features, self.experts.gate(teacher))  # (B, K, P)
+        return fused[:, -1]
 
     def contest(self, real: Tensor, fake: Tensor, progress: float) -> Tensor:
         """One step of the discriminator, then what it makes of the student: weighted, ()."""
@@ -1194,8 +1202,10 @@ def has_fast_bf16(device: torch.device) -> bool:
     MPS and other processors say no, as does a torch too old to know the processor.
     """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    features = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    features: dict[str, Any] = (
+        getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    )
     return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
@@ -1391,9 +1401,7 @@ class Resume:
             raise ValueError(f"{out} holds a finished run (results.json); --overwrite replaces it")
         free = ("out", "overwrite", "force", "log_every", "save_every", "checkpoint", *_ANSWER)
         self.flags = {name: v for name, v in asdict(config).items() if name not in free}
-        text = repr([train_set.texts, train_set.labels.tolist()]).encode(
-            "utf-8", "backslashreplace"
-        )
+        text = repr([train_set.texts, train_set.gold.tolist()]).encode("utf-8", "backslashreplace")
         self.flags |= {"crc of train.tsv": zlib.crc32(text), "processes": process()[1]}
         found = [self._find() if not (self.results.exists() or process()[0]) else ({}, b"")]
         if dist.is_initialized():  # --out may be on the first one's disk alone
@@ -1415,7 +1423,7 @@ class Resume:
     @property
     def phase(self) -> str:
         """The phase to continue; '' for a run that starts."""
-        return self.header.get("phase", "")
+        return str(self.header.get("phase", ""))
 
     def _find(self) -> tuple[dict[str, Any], bytes]:
         """Header and body of the newest checkpoint that is whole."""
@@ -1454,8 +1462,8 @@ class Resume:
         self.parts = {"model": model, "optimizer": optimizer, **getattr(objective, "stateful", {})}
         self.start = 0
         for array in (encoded.ids, encoded.offsets, *model.state_dict().values()):
-            array = array.cpu().numpy() if isinstance(array, Tensor) else array
-            self.start = zlib.crc32(array, self.start)
+            numbers = array.cpu().numpy() if isinstance(array, Tensor) else array
+            self.start = zlib.crc32(numbers.data, self.start)
         if self.phase != log.phase:
             return 0
         if self.start != self.header["start"]:
@@ -1472,7 +1480,7 @@ class Resume:
             raise ValueError(f"{self.path}: no state of this run: {told}") from None
         self.body = b""
         print(f"{log.phase}: continues after step {self.header['step']}")
-        return self.header["step"]
+        return int(self.header["step"])
 
     def save(self, step: int, log: "Log") -> None:
         """Writes where the phase stands; the checkpoint before becomes the old one."""
@@ -1564,7 +1572,7 @@ def load_split(
     else:
         found = glue.read(task, config.data_dir, split, with_labels=with_labels)
     if split == "train" and config.limit:
-        return glue.Examples(found.texts[: config.limit], found.labels[: config.limit])
+        return glue.Examples(found.texts[: config.limit], found.gold[: config.limit])
     return found
 
 
@@ -1604,10 +1612,10 @@ def match_labels(model: Bert, task: "glue.Task", where: Path) -> Bert:
             given, sought = [plain(n) for n in names], [plain(n) for n in spelling]
             if sorted(given) != sorted(sought) or len(set(given)) < len(given):
                 continue
-            order = torch.tensor([given.index(name) for name in sought])
+            rows = torch.tensor([given.index(name) for name in sought])
             with torch.no_grad():
-                model.classifier.weight.copy_(model.classifier.weight[order].clone())
-                model.classifier.bias.copy_(model.classifier.bias[order].clone())
+                model.classifier.weight.copy_(model.classifier.weight[rows].clone())
+                model.classifier.bias.copy_(model.classifier.bias[rows].clone())
             model.config = replace(model.config, labels=wanted)
             return model
     shown = [", ".join(labels[:8]) + ", ..." * (len(labels) > 8) for labels in (names, wanted)]
@@ -1745,7 +1753,7 @@ def refuse_majority(task: "glue.Task", dev: "glue.Examples", reached: float, for
 
     import glue
 
-    labels = dev.labels
+    labels = dev.gold
     constant = labels.mean() if task.regression else np.bincount(labels).argmax()
     majority = glue.score(task, labels, np.full(len(labels), constant))["score"]
     if reached <= majority and not force:
@@ -1755,7 +1763,9 @@ def refuse_majority(task: "glue.Task", dev: "glue.Examples", reached: float, for
         )
 
 
-def gather_transfer(config: DistillConfig, task: "glue.Task", train_texts: list) -> list:
+def gather_transfer(
+    config: DistillConfig, task: "glue.Task", train_texts: Sequence[Any]
+) -> list[Any]:
     """Unlabelled texts for the student's epochs: the task's own perturbed, and other tasks' text.
 
     OURS(10). Nothing that occurs in the task's dev or test split.
@@ -1823,15 +1833,14 @@ def make_teacher(
     keep_layers(config, teacher.config.num_hidden_layers)
     tokenizer = load_fitting_tokenizer(folder, teacher, config)
     encoded = data.encode(tokenizer, train_set.texts)
-    center, spread = score_unit(task, train_set.labels)
-    labels = torch.tensor((train_set.labels - center) / spread).float()  # (n,)
+    center, spread = score_unit(task, train_set.gold)
+    labels = torch.tensor((train_set.gold - center) / spread).float()  # (n,)
     resume.begin(log)
     for row in range(min(2, len(encoded))):
         ids = encoded.ids[encoded.offsets[row] : encoded.offsets[row + 1]]
-        tokens = " ".join(tokenizer.id_to_token(int(i)) for i in ids)
-        label = train_set.labels[row]
-        label = task.labels[label] if task.labels else f"{label:g}"
-        print(f"example {row + 1}: {tokens} -> {label}")
+        tokens = " ".join(tokenizer.id_to_token(int(i)) or "?" for i in ids)
+        gold = train_set.gold[row]
+        print(f"example {row + 1}: {tokens} -> {task.labels[gold] if task.labels else f'{gold:g}'}")
     if not config.teacher:
 
         def objective(
@@ -1889,7 +1898,7 @@ def distill(config: DistillConfig) -> None:
         keep = keep_layers(config, teacher.config.num_hidden_layers)
         every = data.concatenate(encoded, data.encode(tokenizer, transfer))
         labels = torch.cat([labels, torch.full((len(transfer),), torch.nan)])
-        center, spread = score_unit(task, train_set.labels)
+        center, spread = score_unit(task, train_set.gold)
         rescale(teacher, 1 / spread, -center / spread)
         cache_file = out / f"cache{os.environ.get('GROUP_RANK', '')}.f16"  # one to a machine
         cache = teacher_pass(teacher, every, labels, keep, config, cache_file, log)
@@ -2195,7 +2204,11 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """One flag per field of DistillConfig, for the commands that use it."""
-    prose = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+
+    def page(prog: str) -> argparse.HelpFormatter:
+        return argparse.RawDescriptionHelpFormatter(prog, max_help_position=27, width=100)
+
+    prose: dict[str, Any] = {"formatter_class": page, "allow_abbrev": False}
     top = Parser(
         prog="microbert.py", **prose, description="Distils a BERT into a layer-pruned student.",
         epilog="`python microbert.py COMMAND --help` shows the options of a command and examples; "
@@ -2205,7 +2218,8 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command, (run, names, examples) in _COMMANDS.items():
         sub = commands.add_parser(
-            command, **prose, help=(run.__doc__ or "").split("\n")[0], description=run.__doc__,
+            command, **prose, help=(run.__doc__ or "").split("\n")[0],
+            description=inspect.cleandoc(run.__doc__ or ""),
             epilog=f"examples:{examples}", usage=f"python microbert.py {command} [options]",
         )  # fmt: skip
         headings, heading = {}, ""
@@ -2227,13 +2241,13 @@ def add_option(group: Any, command: str, name: str, default: Any, text: str) -> 
     text = (text + ("" if default in ("", ()) else f" [{default}]")).replace("%", "%%")
     if name in ("checkpoint", "text"):
         group.add_argument(name, help=text, nargs="*" if name == "text" else None)
-    elif isinstance(default, bool):
-        group.add_argument(
-            *flags, default=default, help=text, action=argparse.BooleanOptionalAction
-        )
+    elif default is False:
+        group.add_argument(*flags, help=text.replace(" [False]", ""), action="store_true")
+    elif default is True:
+        group.add_argument(*flags, default=True, help=text, action=argparse.BooleanOptionalAction)
     else:
-        kind = type(default)
-        group.add_argument(*flags, default=default, help=text, type=kind, metavar=kind.__name__)
+        shown = {int: "N", float: "X", str: "WORD"}[type(default)]
+        group.add_argument(*flags, default=default, help=text, type=type(default), metavar=shown)
 
 
 def parse(arguments: list[str]) -> dict[str, Any]:
@@ -2248,8 +2262,8 @@ def parse(arguments: list[str]) -> dict[str, Any]:
     chosen, unknown = parser().parse_known_args(arguments)
     if unknown:
         flags = ["--" + name.replace("_", "-") for name in _COMMANDS[chosen.command][1]]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
-        hint = f", did you mean {near[0]}?" if near else ""
+        found = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+        hint = f", did you mean {found[0]}?" if found else ""
         raise ValueError(
             f"{chosen.command} has no '{unknown[0]}'{hint or '; its --help shows what it has'}"
         )

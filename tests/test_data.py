@@ -374,8 +374,9 @@ def test_script(tmp_path):
         assert (process.returncode, out, err) == expected
 
 
-@pytest.mark.parametrize("arguments", [[], ["a"], ["a", "b", "c", "d"], ["--help", "x"]])
+@pytest.mark.parametrize("arguments", [[], ["a"], ["a", "b", "c", "d"], ["--hlp", "x"]])
 def test_script_wants_a_text_or_a_pair(arguments, capsys):
     """Catches a number of arguments that goes through to the tokenizer."""
     assert data.main(arguments) == 2
     assert capsys.readouterr().err.startswith("usage: python data.py")
+    assert data.main(["--help"]) == 0 and "CHECKPOINT" in capsys.readouterr().out

@@ -53,10 +53,14 @@ if TYPE_CHECKING:
     import data
     import glue
 
-__all__ = ["Bert", "BertConfig", "BertOutput", "Discriminator", "DistillConfig", "FeatureMapping",
-           "SentenceExperts", "adversarial_loss", "alignment_loss", "discriminator_loss",
-           "download_bert", "fit_experts", "hard_loss", "layer_map", "load_bert", "model_outputs",
-           "prune", "save_bert", "sentence_features", "soft_loss"]  # fmt: skip
+__all__ = [
+    "Bert", "BertConfig", "BertOutput", "Discriminator", "DistillConfig", "Distillation",
+    "FeatureMapping", "Log", "SentenceExperts", "TeacherCache", "adversarial_loss",
+    "alignment_loss", "discriminator_loss", "distill", "download_bert", "evaluate",
+    "finetune", "fit_experts", "hard_loss", "layer_map", "load_bert", "make_experts",
+    "model_outputs", "predict", "predict_logits", "prune", "save_bert", "sentence_features",
+    "soft_loss", "teacher_pass", "train",
+]  # fmt: skip
 __version__ = "0.1.0"
 
 
@@ -1324,6 +1328,7 @@ class Log:
         return self.seconds | {self.phase: before + time.perf_counter() - self.started}
 
     def write(self, **event: Any) -> None:
+        """One line of log.jsonl; of several processes the first one writes."""
         if process()[0]:
             return
         with naming(self.path), self.path.open("a", encoding="utf-8") as file:
@@ -1859,8 +1864,12 @@ def make_teacher(
     return teacher, tokenizer, encoded, labels
 
 
-def finetune(config: DistillConfig) -> None:
-    """Fine-tunes a BERT on a task and scores it: the teacher, without a student."""
+def finetune(config: DistillConfig) -> dict[str, Any]:
+    """Fine-tunes a BERT on a task and scores it: the teacher, without a student.
+
+    Returns what results.json holds of scores.
+    """
+    config = settle(config)
     out, task = Path(config.out or "out"), find_task(config)
     train_set, _ = load_split(config, task, "train"), load_split(config, task, "dev")
     log = Log(out / "log.jsonl")
@@ -1868,18 +1877,25 @@ def finetune(config: DistillConfig) -> None:
     with log.timed("teacher", f"fine-tunes a BERT on the {len(train_set.texts):,} training texts"):
         teacher, tokenizer, _, _ = make_teacher(config, task, train_set, out, log, resume)
         scores = score_model(teacher, tokenizer, task, config, log)
-    write_results(out, config, task, log, {"teacher": scores})
+    results = {"teacher": scores}
+    write_results(out, config, task, log, results)
     resume.done()
     flags = " --regression" if config.regression else ""
     flags += "" if task.folder or task.name == "toy" else f" --data-dir {config.data_dir}"
     print(f"\nsaved {out / 'teacher'}")
     print(f"next: python microbert.py --task {config.task}{flags} --teacher {out}")
+    return results
 
 
-def distill(config: DistillConfig) -> None:
-    """The whole method: teacher, its one pass, experts, pruning, distillation, scores."""
+def distill(config: DistillConfig) -> dict[str, Any]:
+    """The whole method: teacher, its one pass, experts, pruning, distillation, scores.
+
+    Returns what results.json holds of scores and speeds. Raises ValueError, FileNotFoundError or
+    OSError for whatever is wrong with options, data or checkpoints, before training where it can.
+    """
     import data
 
+    config = settle(config)
     out, task = Path(config.out or "out"), find_task(config)
     train_set, dev = load_split(config, task, "train"), load_split(config, task, "dev")
     log, results = Log(out / "log.jsonl"), {}
@@ -1938,6 +1954,7 @@ def distill(config: DistillConfig) -> None:
     with suppress(OSError):  # a system that keeps mapped files keeps this one
         cache_file.unlink()
     resume.done()
+    return results
 
 
 def finish(
@@ -2042,10 +2059,11 @@ def load_trained(config: DistillConfig) -> tuple[Bert, "Tokenizer", "glue.Task"]
     return model, load_fitting_tokenizer(folder, model, config), task
 
 
-def evaluate(config: DistillConfig) -> None:
-    """Scores a checkpoint on a task's dev split, or on --split."""
+def evaluate(config: DistillConfig) -> dict[str, Any]:
+    """Scores a checkpoint on a task's dev split, or on --split, and returns the scores."""
+    config = settle(config)
     model, tokenizer, task = load_trained(config)
-    score_model(model, tokenizer, task, config, None)
+    return score_model(model, tokenizer, task, config, None)
 
 
 def predict(config: DistillConfig) -> None:
@@ -2054,6 +2072,7 @@ def predict(config: DistillConfig) -> None:
     Of a text `label<TAB>probability`, or the score; of a split `index<TAB>prediction` for every
     row, in the GLUE server's form.
     """
+    config = settle(config)
     if config.task:
         return predict_split(config)
     folder = checkpoint_folder(config.checkpoint, "student")
@@ -2163,7 +2182,7 @@ _ANSWER = ("split", "text", "file", "json")
 _TRAIN = ("bert", "out", "overwrite", "limit", "seed", "batch_size", "warmup", "weight_decay",
           "clip", "log_every", "save_every", "teacher_epochs", "teacher_lr")  # fmt: skip
 # Command -> what runs it, its options, examples of it.
-_COMMANDS: dict[str, tuple[Callable[[DistillConfig], None], tuple[str, ...], str]] = {
+_COMMANDS: dict[str, tuple[Callable[[DistillConfig], Any], tuple[str, ...], str]] = {
     "distill": (
         distill,
         tuple(f.name for f in fields(DistillConfig) if f.name not in ("checkpoint", *_ANSWER)),
@@ -2219,7 +2238,7 @@ def parser() -> argparse.ArgumentParser:
     for command, (run, names, examples) in _COMMANDS.items():
         sub = commands.add_parser(
             command, **prose, help=(run.__doc__ or "").split("\n")[0],
-            description=inspect.cleandoc(run.__doc__ or ""),
+            description=inspect.cleandoc(run.__doc__ or "").split("\nReturns")[0],
             epilog=f"examples:{examples}", usage=f"python microbert.py {command} [options]",
         )  # fmt: skip
         headings, heading = {}, ""
@@ -2301,7 +2320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         chosen = parse(list(sys.argv[1:] if argv is None else argv))
         run, *_ = _COMMANDS[chosen.pop("command")]
-        run(join_processes(settle(DistillConfig(**chosen))))
+        run(join_processes(DistillConfig(**chosen)))
         if dist.is_initialized():  # together: one that is gone would take the others' threads along
             dist.barrier()
             dist.destroy_process_group()

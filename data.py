@@ -105,6 +105,11 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def first(self, count: int) -> "Encoded":
+        """The first texts, so many."""
+        end = self.offsets[count]
+        return Encoded(self.ids[:end], self.type_ids[:end], self.offsets[: count + 1])
+
 
 def encode(tokenizer: Tokenizer, texts: Texts, chunk: int = 1024) -> Encoded:
     """Encodes sentences, or (first, second) pairs, in chunks that bound the memory taken.

@@ -11,9 +11,11 @@ Shapes: B batch, T tokens, H hidden_size, N heads, L layers, K matched layers, E
 (cls, max, mean), P expert_size, C labels, n examples.
 OURS(i) marks a choice that [1]'s public part does not settle; row i of the README table says why.
 
-Reading order: configs, encoder, checkpoints, features and experts, losses, the training loop, the
-teacher's pass, the commands. Everything above "running a task" works when this file alone is
-copied into another project; below it, data.py and glue.py are needed too.
+Reading order: configs, encoder, pruning, losses, features and experts, discriminator, the student's
+objective, the training loop and the teacher's pass: that is the method. Then what a tool needs:
+continuing a killed run, checkpoint files, the run as a whole (`distill`) and its command line.
+Copied alone into another project this file has model, checkpoints and losses; from the training
+loop on data.py is needed too, and glue.py to run a task.
 """
 
 import argparse
@@ -378,41 +380,7 @@ class Bert(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
 
-# --- checkpoints and pruning ---------------------------------------------------------------------
-
-# Module of ours -> of Hugging Face. Loading, saving and pruning go through this one table.
-_OUTSIDE_NAMES = {
-    "word_embeddings": "bert.embeddings.word_embeddings",
-    "position_embeddings": "bert.embeddings.position_embeddings",
-    "token_type_embeddings": "bert.embeddings.token_type_embeddings",
-    "embeddings_norm": "bert.embeddings.LayerNorm",
-    "pooler": "bert.pooler.dense",
-    "classifier": "classifier",
-}
-_LAYER_NAMES = {
-    "query": "attention.self.query",
-    "key": "attention.self.key",
-    "value": "attention.self.value",
-    "attention_output": "attention.output.dense",
-    "attention_norm": "attention.output.LayerNorm",
-    "intermediate": "intermediate.dense",
-    "output": "output.dense",
-    "output_norm": "output.LayerNorm",
-}
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-
-
-def _tensor_names(keep: Sequence[int]) -> dict[str, str]:
-    """Tensor of ours -> of Hugging Face, where our layer m is their layer keep[m] (from 0)."""
-    modules = dict(_OUTSIDE_NAMES)
-    for mine, theirs in enumerate(keep):
-        for ours, name in _LAYER_NAMES.items():
-            modules[f"layers.{mine}.{ours}"] = f"bert.encoder.layer.{theirs}.{name}"
-    kinds = {o: ("weight",) if o.endswith("_embeddings") else ("weight", "bias") for o in modules}
-    return {f"{o}.{kind}": f"{modules[o]}.{kind}" for o in modules for kind in kinds[o]}
+# --- pruning -------------------------------------------------------------------------------------
 
 
 def layer_map(teacher_layers: int, student_layers: int) -> tuple[int, ...]:
@@ -435,10 +403,14 @@ def prune(teacher: Bert, keep: Sequence[int]) -> Bert:
     layers = teacher.config.num_hidden_layers
     if not keep or list(keep) != sorted(set(keep)) or keep[0] < 1 or keep[-1] > layers:
         raise ValueError(f"layers {list(keep)}, expected rising numbers from 1 to {layers}")
-    source = teacher.state_dict()
-    theirs = {name: ours for ours, name in _tensor_names(range(layers)).items()}
-    kept = _tensor_names([layer - 1 for layer in keep])
-    state = {ours: source[theirs[name]].clone() for ours, name in kept.items()}
+    state = {}
+    for name, tensor in teacher.state_dict().items():
+        if name.startswith("layers."):
+            _, layer, rest = name.split(".", 2)
+            if int(layer) + 1 not in keep:
+                continue
+            name = f"layers.{list(keep).index(int(layer) + 1)}.{rest}"
+        state[name] = tensor.clone()
     return _fill(_shell(replace(teacher.config, num_hidden_layers=len(keep))), state)
 
 
@@ -459,301 +431,30 @@ def _fill(model: Bert, state: dict[str, Tensor]) -> Bert:
     return model
 
 
-def load_bert(path: str | Path, labels: Sequence[str] | None = None) -> Bert:
-    """A BERT from a folder in Hugging Face's layout, in eval mode and fp32.
+# --- losses on predictions -----------------------------------------------------------------------
 
-    path: folder with config.json and model.safetensors or pytorch_model.bin; names with or
-    without `bert.`, `LayerNorm.gamma`/`beta` and half-precision weights are understood, the
-    pre-training heads (`cls.*`) and `position_ids` ignored. labels: put a new classifier for these
-    on top. A part that is missing (pooler, classifier) is drawn at random and named in `.fresh`,
-    with a warning if it was not asked for.
 
-    Raises FileNotFoundError for a missing file, ValueError naming every tensor that is missing,
-    unexpected or of the wrong shape or type.
+def soft_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(teacher || student) of softened predictions, times temperature squared [3].
+
+    student, teacher: logits (B, C) -> (). A softmax over one logit is constant, so scores (C = 1)
+    take the mean squared error, OURS(7).
     """
-    folder = Path(path)
-    config = BertConfig.load(folder / "config.json")
-    source, stored = _read_checkpoint(folder)
-    if labels is not None:
-        config = replace(config, labels=tuple(labels))
-        stored = {name: t for name, t in stored.items() if not name.startswith("classifier.")}
-    model = _shell(config)  # nothing is taken until the file is known to fit
-    shapes = {name: t.shape for name, t in model.state_dict().items()}
-    names = _tensor_names(range(config.num_hidden_layers))
-    heads = {"pooler": "bert.pooler.dense.", "classifier": "classifier."}
-    fresh = [part for part, name in heads.items() if not any(k.startswith(name) for k in stored)]
-    wanted = {ours: name for ours, name in names.items() if ours.split(".")[0] not in fresh}
-    _refuse_misfits(source, {name: shapes[ours] for ours, name in wanted.items()}, stored)
-    _fill(model, {ours: stored[name].float().contiguous() for ours, name in wanted.items()})
-    if set(fresh) - ({"classifier"} if labels is not None else set()):
-        warnings.warn(f"{source}: no {' and '.join(fresh)} in it, drawn at random", stacklevel=2)
-    return model.eval()
+    if student.shape[-1] == 1:
+        return F.mse_loss(student, teacher)
+    target = F.log_softmax(teacher / temperature, dim=-1)  # (B, C)
+    guess = F.log_softmax(student / temperature, dim=-1)  # (B, C)
+    return F.kl_div(guess, target, reduction="batchmean", log_target=True) * temperature**2
 
 
-def download_bert(name: str) -> Path:
-    """The folder of a checkpoint of the Hugging Face Hub, such as google-bert/bert-base-uncased.
-
-    Config, weights and tokenizer alone are downloaded, by huggingface_hub into its cache; its
-    HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE hold. Raises FileNotFoundError or OSError
-    where there is no such checkpoint, or none that can be reached, saying what to do.
-    """
-    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-    from huggingface_hub import errors as hub_errors
-
-    commit: str | None = None  # of the first file; the others are taken from the same
-
-    def get(*files: str) -> Path | None:
-        """The first of these files that the checkpoint has."""
-        for file in files:
-            cached = try_to_load_from_cache(name, file, revision=commit) if commit else None
-            if cached is not None and not isinstance(cached, str):
-                continue  # known not to be there
-            try:
-                return Path(hf_hub_download(name, file, revision=commit))
-            except hub_errors.LocalEntryNotFoundError:  # a kind of EntryNotFoundError
-                if not (commit and constants.HF_HUB_OFFLINE):
-                    raise
-            except hub_errors.EntryNotFoundError:
-                pass
-        return None
-
-    hub = f"{name}: no such folder here, and on {constants.ENDPOINT} "
-    try:
-        if not (config := get("config.json")):
-            raise FileNotFoundError(f"{hub}it has no config.json: not a checkpoint")
-        commit = config.parent.name
-        if not get("model.safetensors", "pytorch_model.bin"):
-            raise FileNotFoundError(f"{hub}neither model.safetensors nor pytorch_model.bin")
-        if not get("tokenizer.json", "vocab.txt"):
-            raise FileNotFoundError(f"{hub}neither tokenizer.json nor vocab.txt")
-        get("tokenizer_config.json"), get("special_tokens_map.json")
-    except hub_errors.GatedRepoError:
-        raise FileNotFoundError(
-            f"{hub}it is gated: ask for access on its page, then set HF_TOKEN to a token of yours"
-        ) from None
-    except hub_errors.RepositoryNotFoundError:
-        raise FileNotFoundError(
-            f"{hub}none of that name, or a private one: check the spelling, or set HF_TOKEN"
-        ) from None
-    except hub_errors.LocalEntryNotFoundError:
-        why = "not all of it in the cache, and HF_HUB_OFFLINE is set: unset it once to download"
-        if not constants.HF_HUB_OFFLINE:
-            why = "it cannot be reached: check the connection and HF_ENDPOINT"
-        raise FileNotFoundError(f"{hub}{why}, or name a checkpoint folder") from None
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # of the network, in the kinds of whatever library fetches
-        told = " ".join(str(error).split())[:200]
-        raise OSError(f"{name}: download failed: {type(error).__name__}: {told}") from None
-    return config.parent
-
-
-def _read_checkpoint(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """The weights file of a folder and its tensors under Hugging Face's present names."""
-    if (folder / "model.safetensors").is_file():
-        path = folder / "model.safetensors"
-        tensors = read_safetensors(path)
-    elif (folder / "pytorch_model.bin").is_file():
-        path = folder / "pytorch_model.bin"
-        try:
-            if zipfile.is_zipfile(path):
-                with zipfile.ZipFile(path) as zipped:
-                    unpacked = sum(member.file_size for member in zipped.infolist())
-                if unpacked > path.stat().st_size:
-                    raise ValueError(f"compressed, to be {unpacked} bytes")  # torch.save does not
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a broken or unsafe file makes torch raise
-            raise ValueError(
-                f"{path}: not a file of plain tensors: {error}".split("\n")[0]
-            ) from None
+def hard_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy, or squared error where C = 1; logits (B, C), labels (B,), NaN adds 0 -> ()"""
+    known, target = ~labels.isnan(), labels.nan_to_num()  # (B,)
+    if logits.shape[-1] == 1:
+        each = (logits[:, 0] - target).square()  # (B,)
     else:
-        raise FileNotFoundError(f"{folder}: neither model.safetensors nor pytorch_model.bin in it")
-    stored: dict[str, Tensor] = {}
-    sound = isinstance(tensors, dict) and all(
-        isinstance(name, str)
-        and isinstance(t, Tensor)
-        and not (t.is_nested or t.is_meta)
-        and t.layout is torch.strided
-        for name, t in tensors.items()
-    )
-    if not sound:
-        raise ValueError(f"{path}: not a dict of dense tensors by name")
-    if sum(t.numel() * t.itemsize for t in tensors.values()) > 2 * path.stat().st_size:
-        raise ValueError(f"{path}: its tensors share more numbers than the file holds")
-    for name, tensor in tensors.items():
-        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
-            raise ValueError(
-                f"{path}: tensor {name!r} of {tuple(tensor.shape)} repeats its numbers"
-            )
-        new = name.replace("LayerNorm.gamma", "LayerNorm.weight")
-        new = new.replace("LayerNorm.beta", "LayerNorm.bias")
-        new = f"bert.{new}" if new.startswith(("embeddings.", "encoder.", "pooler.")) else new
-        if new.startswith("cls.") or new.endswith(".position_ids"):
-            continue
-        if new in stored:
-            raise ValueError(f"{path}: tensor '{new}' twice, under an old and a new name")
-        stored[new] = tensor
-    return path, stored
-
-
-def _refuse_misfits(path: Path, wanted: dict[str, torch.Size], stored: dict[str, Tensor]) -> None:
-    lacks = [name for name in wanted if name not in stored]
-    extra = [name for name in stored if name not in wanted]
-    problems = [
-        f"{verb} {len(names)} of {len(wanted)} BERT tensors: " + ", ".join(map(repr, names[:8]))
-        for verb, names in (("lacks", lacks), ("has beyond", extra))
-        if names
-    ]
-    for name in wanted:
-        if name in stored and stored[name].shape != wanted[name]:
-            got, expected = tuple(stored[name].shape), tuple(wanted[name])
-            problems.append(f"{name!r} has shape {got}, config.json says {expected}")
-        elif name in stored and not stored[name].is_floating_point():
-            problems.append(f"{name!r} holds {stored[name].dtype}, expected floating point")
-    if problems:
-        raise ValueError(f"{path}: {'; '.join(problems[:8])}")
-
-
-def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file: 8 bytes of header size, a JSON header, the numbers.
-
-    https://huggingface.co/docs/safetensors: nothing in the file is trusted. Raises ValueError for
-    anything that is not a header of known dtypes whose ranges tile the rest of the file exactly.
-    """
-    path = Path(path)
-    total = path.stat().st_size
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if total < 8 or size > min(total - 8, 100_000_000):
-            raise ValueError(f"{path}: header of {size} bytes in a file of {total}; cut short?")
-        try:
-            header = json.loads(file.read(size), object_pairs_hook=_unique)
-            if not isinstance(header, dict):
-                raise ValueError(f"header is a JSON {type(header).__name__}, expected an object")
-            header.pop("__metadata__", None)
-            spans = sorted((*_span(name, entry), name) for name, entry in header.items())
-            edges = [0, *(stop for _, stop, _ in spans)]
-            if [start for start, _, _ in spans] != edges[:-1] or edges[-1] != total - 8 - size:
-                raise ValueError(
-                    f"the tensors' ranges do not tile the {total - 8 - size} bytes of data"
-                )
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not a sound safetensors file: {error}") from None
-        tensors = {}
-        for start, stop, name in spans:
-            raw = torch.empty(stop - start, dtype=torch.uint8)
-            if file.readinto(raw.numpy().data) != stop - start:
-                raise ValueError(f"{path}: ends inside tensor {name!r}")
-            tensor = raw.view(_DTYPES[header[name]["dtype"]])
-            tensors[name] = tensor.view(header[name]["shape"])
-    return tensors
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """json's object hook that refuses a key given twice."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"name {twice[:80]!r} twice")
-    return found
-
-
-def _span(name: str, entry: Any) -> tuple[int, int]:
-    """First and last byte of a tensor in the data, once its header entry is found sound."""
-    try:
-        dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        whole = type(shape) is list and len(shape) <= 8
-        whole = whole and all(type(n) is int and 0 <= n < 2**48 for n in [*shape, start, stop])
-        if whole and stop - start == math.prod(shape) * _DTYPES[dtype].itemsize:
-            return start, stop
-    except (KeyError, TypeError, ValueError):
-        pass
-    raise ValueError(f"tensor {name!r} is given as {str(entry)[:120]}")
-
-
-def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
-    """Writes fp32 tensors as read_safetensors reads them, the header padded to 8 bytes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    blocks, end = [], 0
-    for name, tensor in tensors.items():
-        block = tensor.detach().float().cpu().contiguous().numpy().tobytes()
-        header[name] = {
-            "dtype": "F32",
-            "shape": list(tensor.shape),
-            "data_offsets": [end, end + len(block)],
-        }
-        end += len(block)
-        blocks.append(block)
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    write_file(path, struct.pack("<Q", len(text)), text, *blocks)
-
-
-def save_bert(model: Bert, folder: str | Path, tokenizer_from: str | Path | None = None) -> None:
-    """Writes config.json and model.safetensors in Hugging Face's layout, and the tokenizer's files.
-
-    tokenizer_from: folder whose tokenizer files are copied, in place of any that are there; raises
-    FileNotFoundError where it has none.
-    """
-    folder = Path(folder)
-    tokenizer: dict[str, bytes | None] = {}
-    for name in _TOKENIZER_FILES if tokenizer_from else ():
-        source = Path(tokenizer_from or "") / name
-        tokenizer[name] = source.read_bytes() if source.is_file() else None
-    if tokenizer_from and not (tokenizer["tokenizer.json"] or tokenizer["vocab.txt"]):
-        raise FileNotFoundError(f"{tokenizer_from}: neither tokenizer.json nor vocab.txt in it")
-    names = _tensor_names(range(model.config.num_hidden_layers))
-    state = model.state_dict()
-    write_safetensors(folder / "model.safetensors", {name: state[o] for o, name in names.items()})
-    write_file(folder / "config.json", model.config.to_json().encode())
-    for name, content in tokenizer.items():
-        if content is not None:
-            write_file(folder / name, content)
-        elif not process()[0]:
-            (folder / name).unlink(missing_ok=True)
-
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.txt",
-)
-
-
-def write_file(path: str | Path, *blocks: bytes | memoryview) -> None:
-    """Writes a file whole or not at all: a temporary one beside it, flushed, then renamed.
-
-    Of several processes the first one writes. Raises OSError naming the file.
-    """
-    path = Path(path)
-    if process()[0]:
-        return
-    path = path.resolve()  # a link stays one
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not path.is_file():  # a pipe or device: nothing to put in its place
-        with naming(path), path.open("wb") as file:
-            file.writelines(blocks)
-        return
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with naming(path), part.open("wb") as file:
-            file.writelines(blocks)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Says which file it was that could not be written; a full disk's own error does not."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, f"{error.strerror}, writing", str(path)) from None
+        each = F.cross_entropy(logits, target.long(), reduction="none")  # (B,)
+    return (each * known).mean()
 
 
 # --- sentence features, mixture of experts, feature alignment ------------------------------------
@@ -943,32 +644,6 @@ def adversarial_loss(discriminator: nn.Module, student: Tensor) -> Tensor:
     """
     frozen = {name: tensor.detach().clone() for name, tensor in discriminator.state_dict().items()}
     return F.softplus(-torch.func.functional_call(discriminator, frozen, (student,))).mean()
-
-
-# --- losses on predictions -----------------------------------------------------------------------
-
-
-def soft_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(teacher || student) of softened predictions, times temperature squared [3].
-
-    student, teacher: logits (B, C) -> (). A softmax over one logit is constant, so scores (C = 1)
-    take the mean squared error, OURS(7).
-    """
-    if student.shape[-1] == 1:
-        return F.mse_loss(student, teacher)
-    target = F.log_softmax(teacher / temperature, dim=-1)  # (B, C)
-    guess = F.log_softmax(student / temperature, dim=-1)  # (B, C)
-    return F.kl_div(guess, target, reduction="batchmean", log_target=True) * temperature**2
-
-
-def hard_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy, or squared error where C = 1; logits (B, C), labels (B,), NaN adds 0 -> ()"""
-    known, target = ~labels.isnan(), labels.nan_to_num()  # (B,)
-    if logits.shape[-1] == 1:
-        each = (logits[:, 0] - target).square()  # (B,)
-    else:
-        each = F.cross_entropy(logits, target.long(), reduction="none")  # (B,)
-    return (each * known).mean()
 
 
 # --- the student's objective ---------------------------------------------------------------------
@@ -1495,10 +1170,11 @@ class Resume:
         torch.save({name: part.state_dict() for name, part in self.parts.items()}, body)
         header = {"phase": log.phase, "step": step, "start": self.start, "flags": self.flags}
         line = json.dumps(header | {"seconds": log.so_far()}).encode() + b"\n"
-        crc = b"%08x " % zlib.crc32(body.getbuffer(), zlib.crc32(line))
         if self.path.exists():
             os.replace(self.path, self.old)
-        write_file(self.path, crc, line, body.getbuffer())
+        with body.getbuffer() as state:
+            crc = b"%08x " % zlib.crc32(state, zlib.crc32(line))
+            write_file(self.path, crc, line, state)
         self.saved = True
 
     def done(self) -> None:
@@ -1506,6 +1182,340 @@ class Resume:
         if not process()[0]:
             for path in (self.path, self.old):
                 path.unlink(missing_ok=True)
+
+
+# --- checkpoint files ----------------------------------------------------------------------------
+
+# Module of ours -> of Hugging Face. Loading and saving go through this one table.
+_OUTSIDE_NAMES = {
+    "word_embeddings": "bert.embeddings.word_embeddings",
+    "position_embeddings": "bert.embeddings.position_embeddings",
+    "token_type_embeddings": "bert.embeddings.token_type_embeddings",
+    "embeddings_norm": "bert.embeddings.LayerNorm",
+    "pooler": "bert.pooler.dense",
+    "classifier": "classifier",
+}
+_LAYER_NAMES = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "attention_output": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "intermediate": "intermediate.dense",
+    "output": "output.dense",
+    "output_norm": "output.LayerNorm",
+}
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def _tensor_names(layers: int) -> dict[str, str]:
+    """Tensor of ours -> of Hugging Face, in a BERT of so many layers."""
+    modules = dict(_OUTSIDE_NAMES)
+    for i in range(layers):
+        for ours, name in _LAYER_NAMES.items():
+            modules[f"layers.{i}.{ours}"] = f"bert.encoder.layer.{i}.{name}"
+    kinds = {o: ("weight",) if o.endswith("_embeddings") else ("weight", "bias") for o in modules}
+    return {f"{o}.{kind}": f"{modules[o]}.{kind}" for o in modules for kind in kinds[o]}
+
+
+def load_bert(path: str | Path, labels: Sequence[str] | None = None) -> Bert:
+    """A BERT from a folder in Hugging Face's layout, in eval mode and fp32.
+
+    path: folder with config.json and model.safetensors or pytorch_model.bin; names with or
+    without `bert.`, `LayerNorm.gamma`/`beta` and half-precision weights are understood, the
+    pre-training heads (`cls.*`) and `position_ids` ignored. labels: put a new classifier for these
+    on top. A part that is missing (pooler, classifier) is drawn at random and named in `.fresh`,
+    with a warning if it was not asked for.
+
+    Raises FileNotFoundError for a missing file, ValueError naming every tensor that is missing,
+    unexpected or of the wrong shape or type.
+    """
+    folder = Path(path)
+    config = BertConfig.load(folder / "config.json")
+    source, stored = _read_checkpoint(folder)
+    if labels is not None:
+        config = replace(config, labels=tuple(labels))
+        stored = {name: t for name, t in stored.items() if not name.startswith("classifier.")}
+    model = _shell(config)  # nothing is taken until the file is known to fit
+    shapes = {name: t.shape for name, t in model.state_dict().items()}
+    names = _tensor_names(config.num_hidden_layers)
+    heads = {"pooler": "bert.pooler.dense.", "classifier": "classifier."}
+    fresh = [part for part, name in heads.items() if not any(k.startswith(name) for k in stored)]
+    wanted = {ours: name for ours, name in names.items() if ours.split(".")[0] not in fresh}
+    _refuse_misfits(source, {name: shapes[ours] for ours, name in wanted.items()}, stored)
+    _fill(model, {ours: stored[name].float().contiguous() for ours, name in wanted.items()})
+    if set(fresh) - ({"classifier"} if labels is not None else set()):
+        warnings.warn(f"{source}: no {' and '.join(fresh)} in it, drawn at random", stacklevel=2)
+    return model.eval()
+
+
+def download_bert(name: str) -> Path:
+    """The folder of a checkpoint of the Hugging Face Hub, such as google-bert/bert-base-uncased.
+
+    Config, weights and tokenizer alone are downloaded, by huggingface_hub into its cache; its
+    HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE hold. Raises FileNotFoundError or OSError
+    where there is no such checkpoint, or none that can be reached, saying what to do.
+    """
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import errors as hub_errors
+
+    commit: str | None = None  # of the first file; the others are taken from the same
+
+    def get(*files: str) -> Path | None:
+        """The first of these files that the checkpoint has."""
+        for file in files:
+            cached = try_to_load_from_cache(name, file, revision=commit) if commit else None
+            if cached is not None and not isinstance(cached, str):
+                continue  # known not to be there
+            try:
+                return Path(hf_hub_download(name, file, revision=commit))
+            except hub_errors.LocalEntryNotFoundError:  # a kind of EntryNotFoundError
+                if not (commit and constants.HF_HUB_OFFLINE):
+                    raise
+            except hub_errors.EntryNotFoundError:
+                pass
+        return None
+
+    hub = f"{name}: no such folder here, and on {constants.ENDPOINT} "
+    try:
+        if not (config := get("config.json")):
+            raise FileNotFoundError(f"{hub}it has no config.json: not a checkpoint")
+        commit = config.parent.name
+        if not get("model.safetensors", "pytorch_model.bin"):
+            raise FileNotFoundError(f"{hub}neither model.safetensors nor pytorch_model.bin")
+        if not get("tokenizer.json", "vocab.txt"):
+            raise FileNotFoundError(f"{hub}neither tokenizer.json nor vocab.txt")
+        get("tokenizer_config.json"), get("special_tokens_map.json")
+    except hub_errors.GatedRepoError:
+        raise FileNotFoundError(
+            f"{hub}it is gated: ask for access on its page, then set HF_TOKEN to a token of yours"
+        ) from None
+    except hub_errors.RepositoryNotFoundError:
+        raise FileNotFoundError(
+            f"{hub}none of that name, or a private one: check the spelling, or set HF_TOKEN"
+        ) from None
+    except hub_errors.LocalEntryNotFoundError:
+        why = "not all of it in the cache, and HF_HUB_OFFLINE is set: unset it once to download"
+        if not constants.HF_HUB_OFFLINE:
+            why = "it cannot be reached: check the connection and HF_ENDPOINT"
+        raise FileNotFoundError(f"{hub}{why}, or name a checkpoint folder") from None
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of the network, in the kinds of whatever library fetches
+        told = " ".join(str(error).split())[:200]
+        raise OSError(f"{name}: download failed: {type(error).__name__}: {told}") from None
+    return config.parent
+
+
+def _read_checkpoint(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The weights file of a folder and its tensors under Hugging Face's present names."""
+    if (folder / "model.safetensors").is_file():
+        path = folder / "model.safetensors"
+        tensors = read_safetensors(path)
+    elif (folder / "pytorch_model.bin").is_file():
+        path = folder / "pytorch_model.bin"
+        try:
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as zipped:
+                    unpacked = sum(member.file_size for member in zipped.infolist())
+                if unpacked > path.stat().st_size:
+                    raise ValueError(f"compressed, to be {unpacked} bytes")  # torch.save does not
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a broken or unsafe file makes torch raise
+            raise ValueError(
+                f"{path}: not a file of plain tensors: {error}".split("\n")[0]
+            ) from None
+    else:
+        raise FileNotFoundError(f"{folder}: neither model.safetensors nor pytorch_model.bin in it")
+    stored: dict[str, Tensor] = {}
+    sound = isinstance(tensors, dict) and all(
+        isinstance(name, str)
+        and isinstance(t, Tensor)
+        and not (t.is_nested or t.is_meta)
+        and t.layout is torch.strided
+        for name, t in tensors.items()
+    )
+    if not sound:
+        raise ValueError(f"{path}: not a dict of dense tensors by name")
+    if sum(t.numel() * t.itemsize for t in tensors.values()) > 2 * path.stat().st_size:
+        raise ValueError(f"{path}: its tensors share more numbers than the file holds")
+    for name, tensor in tensors.items():
+        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+            raise ValueError(
+                f"{path}: tensor {name!r} of {tuple(tensor.shape)} repeats its numbers"
+            )
+        new = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+        new = new.replace("LayerNorm.beta", "LayerNorm.bias")
+        new = f"bert.{new}" if new.startswith(("embeddings.", "encoder.", "pooler.")) else new
+        if new.startswith("cls.") or new.endswith(".position_ids"):
+            continue
+        if new in stored:
+            raise ValueError(f"{path}: tensor '{new}' twice, under an old and a new name")
+        stored[new] = tensor
+    return path, stored
+
+
+def _refuse_misfits(path: Path, wanted: dict[str, torch.Size], stored: dict[str, Tensor]) -> None:
+    lacks = [name for name in wanted if name not in stored]
+    extra = [name for name in stored if name not in wanted]
+    problems = [
+        f"{verb} {len(names)} of {len(wanted)} BERT tensors: " + ", ".join(map(repr, names[:8]))
+        for verb, names in (("lacks", lacks), ("has beyond", extra))
+        if names
+    ]
+    for name in wanted:
+        if name in stored and stored[name].shape != wanted[name]:
+            got, expected = tuple(stored[name].shape), tuple(wanted[name])
+            problems.append(f"{name!r} has shape {got}, config.json says {expected}")
+        elif name in stored and not stored[name].is_floating_point():
+            problems.append(f"{name!r} holds {stored[name].dtype}, expected floating point")
+    if problems:
+        raise ValueError(f"{path}: {'; '.join(problems[:8])}")
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file: 8 bytes of header size, a JSON header, the numbers.
+
+    https://huggingface.co/docs/safetensors: nothing in the file is trusted. Raises ValueError for
+    anything that is not a header of known dtypes whose ranges tile the rest of the file exactly.
+    """
+    path = Path(path)
+    total = path.stat().st_size
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if total < 8 or size > min(total - 8, 100_000_000):
+            raise ValueError(f"{path}: header of {size} bytes in a file of {total}; cut short?")
+        try:
+            header = json.loads(file.read(size), object_pairs_hook=_unique)
+            if not isinstance(header, dict):
+                raise ValueError(f"header is a JSON {type(header).__name__}, expected an object")
+            header.pop("__metadata__", None)
+            spans = sorted((*_span(name, entry), name) for name, entry in header.items())
+            edges = [0, *(stop for _, stop, _ in spans)]
+            if [start for start, _, _ in spans] != edges[:-1] or edges[-1] != total - 8 - size:
+                raise ValueError(
+                    f"the tensors' ranges do not tile the {total - 8 - size} bytes of data"
+                )
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: not a sound safetensors file: {error}") from None
+        tensors = {}
+        for start, stop, name in spans:
+            raw = torch.empty(stop - start, dtype=torch.uint8)
+            if file.readinto(raw.numpy().data) != stop - start:
+                raise ValueError(f"{path}: ends inside tensor {name!r}")
+            tensor = raw.view(_DTYPES[header[name]["dtype"]])
+            tensors[name] = tensor.view(header[name]["shape"])
+    return tensors
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """json's object hook that refuses a key given twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"name {twice[:80]!r} twice")
+    return found
+
+
+def _span(name: str, entry: Any) -> tuple[int, int]:
+    """First and last byte of a tensor in the data, once its header entry is found sound."""
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        whole = type(shape) is list and len(shape) <= 8
+        whole = whole and all(type(n) is int and 0 <= n < 2**48 for n in [*shape, start, stop])
+        if whole and stop - start == math.prod(shape) * _DTYPES[dtype].itemsize:
+            return start, stop
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise ValueError(f"tensor {name!r} is given as {str(entry)[:120]}")
+
+
+def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
+    """Writes fp32 tensors as read_safetensors reads them, the header padded to 8 bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    blocks, end = [], 0
+    for name, tensor in tensors.items():
+        block = tensor.detach().float().cpu().contiguous().numpy().tobytes()
+        header[name] = {
+            "dtype": "F32",
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + len(block)],
+        }
+        end += len(block)
+        blocks.append(block)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    write_file(path, struct.pack("<Q", len(text)), text, *blocks)
+
+
+def save_bert(model: Bert, folder: str | Path, tokenizer_from: str | Path | None = None) -> None:
+    """Writes config.json and model.safetensors in Hugging Face's layout, and the tokenizer's files.
+
+    tokenizer_from: folder whose tokenizer files are copied, in place of any that are there; raises
+    FileNotFoundError where it has none.
+    """
+    folder = Path(folder)
+    tokenizer: dict[str, bytes | None] = {}
+    for name in _TOKENIZER_FILES if tokenizer_from else ():
+        source = Path(tokenizer_from or "") / name
+        tokenizer[name] = source.read_bytes() if source.is_file() else None
+    if tokenizer_from and not (tokenizer["tokenizer.json"] or tokenizer["vocab.txt"]):
+        raise FileNotFoundError(f"{tokenizer_from}: neither tokenizer.json nor vocab.txt in it")
+    names = _tensor_names(model.config.num_hidden_layers)
+    state = model.state_dict()
+    write_safetensors(folder / "model.safetensors", {name: state[o] for o, name in names.items()})
+    write_file(folder / "config.json", model.config.to_json().encode())
+    for name, content in tokenizer.items():
+        if content is not None:
+            write_file(folder / name, content)
+        elif not process()[0]:
+            (folder / name).unlink(missing_ok=True)
+
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+)
+
+
+def write_file(path: str | Path, *blocks: bytes | memoryview) -> None:
+    """Writes a file whole or not at all: a temporary one beside it, flushed, then renamed.
+
+    Of several processes the first one writes. Raises OSError naming the file.
+    """
+    path = Path(path)
+    if process()[0]:
+        return
+    path = path.resolve()  # a link stays one
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():  # a pipe or device: nothing to put in its place
+        with naming(path), path.open("wb") as file:
+            file.writelines(blocks)
+        return
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with naming(path), part.open("wb") as file:
+            file.writelines(blocks)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Says which file it was that could not be written; a full disk's own error does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}, writing", str(path)) from None
 
 
 # --- running a task ------------------------------------------------------------------------------
@@ -1887,6 +1897,17 @@ def finetune(config: DistillConfig) -> dict[str, Any]:
     return results
 
 
+class Prepared(NamedTuple):
+    """What every student of a teacher starts from."""
+
+    encoded: "data.Encoded"  # the training texts, then the transfer texts
+    cache: TeacherCache  # of the same texts
+    experts: SentenceExperts | None
+    pruned: Bert  # the teacher without the layers that the student lacks
+    tokenizer: "Tokenizer"
+    unit: tuple[float, float]  # mean and standard deviation of the training scores
+
+
 def distill(config: DistillConfig) -> dict[str, Any]:
     """The whole method: teacher, its one pass, experts, pruning, distillation, scores.
 
@@ -1898,11 +1919,50 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     config = settle(config)
     out, task = Path(config.out or "out"), find_task(config)
     train_set, dev = load_split(config, task, "train"), load_split(config, task, "dev")
-    log, results = Log(out / "log.jsonl"), {}
+    log = Log(out / "log.jsonl")
+    results: dict[str, Any] = {}
     resume = Resume(out, config, train_set, log)
     count = len(train_set.texts)
     print(f"MicroBERT on {task.name}: {count:,} training texts, {len(dev.texts):,} of dev")
+    cache_file = out / f"cache{os.environ.get('GROUP_RANK', '')}.f16"  # one to a machine
+    ready = prepare(config, task, train_set, dev, out, log, resume, results, cache_file)
+
+    texts, budget = ready.encoded, 20_000 if task.name == "toy" else 100_000
+    with log.timed("student", f"the same, distilled from the teacher on {len(texts):,} texts"):
+        if resume.phase == "baseline":  # the student was finished
+            student = load_bert(out / "student")
+        else:
+            epochs = config.epochs or auto_epochs(len(texts), budget, config.batch_size)
+            student = make_student(config, ready, texts, epochs, log, resume)
+        results["student"] = score_model(student, ready.tokenizer, task, config, log)
+    save_bert(student, out / "student", tokenizer_from=out / "teacher")
+
+    if config.baseline:
+        with log.timed("baseline", "the same, fine-tuned on the labels alone, for comparison"):
+            labels_alone = replace(config, fal=False, gan=False, soft=False)
+            texts, epochs = ready.encoded.first(count), fine_tuning_epochs(config, task, count)
+            baseline = make_student(labels_alone, ready, texts, epochs, log, resume)
+            results["baseline"] = score_model(baseline, ready.tokenizer, task, config, log)
+
+    finish(out, config, task, log, results, data.encode(ready.tokenizer, dev.texts[:128]))
+    example = min(dev.texts, key=lambda text: len(str(text)))
+    command = ["predict", str(out), *([example] if isinstance(example, str) else example)]
+    print(f"next: python microbert.py {shlex.join(command)}")
+    with suppress(OSError):  # a system that keeps mapped files keeps this one
+        cache_file.unlink()
+    resume.done()
+    return results
+
+
+def prepare(
+    config: DistillConfig, task: "glue.Task", train_set: "glue.Examples", dev: "glue.Examples",
+    out: Path, log: Log, resume: Resume, results: dict[str, Any], cache_file: Path,
+) -> Prepared:  # fmt: skip
+    """Teacher, its one pass over all texts, experts and the pruned student; scores of both."""
+    import data
+
     transfer = gather_transfer(config, task, train_set.texts)
+    count = len(train_set.texts)
     what = "as it was given" if config.teacher else f"fine-tunes a BERT on the {count:,} texts"
     with log.timed("teacher", what):
         teacher, tokenizer, encoded, labels = make_teacher(
@@ -1912,49 +1972,32 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     refuse_majority(task, dev, results["teacher"]["score"], config.force)
     with log.timed("cache", "runs the teacher once and keeps its logits and sentence features"):
         keep = keep_layers(config, teacher.config.num_hidden_layers)
-        every = data.concatenate(encoded, data.encode(tokenizer, transfer))
+        encoded = data.concatenate(encoded, data.encode(tokenizer, transfer))
         labels = torch.cat([labels, torch.full((len(transfer),), torch.nan)])
         center, spread = score_unit(task, train_set.gold)
         rescale(teacher, 1 / spread, -center / spread)
-        cache_file = out / f"cache{os.environ.get('GROUP_RANK', '')}.f16"  # one to a machine
-        cache = teacher_pass(teacher, every, labels, keep, config, cache_file, log)
+        cache = teacher_pass(teacher, encoded, labels, keep, config, cache_file, log)
     experts = None
     if config.moe and (config.fal or config.gan):
         with log.timed("experts", "fits experts and gate to the task on the teacher's features"):
             experts = make_experts(cache, config)
     with log.timed("pruned", f"the teacher's layers {', '.join(map(str, keep))}, as they are"):
         pruned = prune(teacher.cpu(), keep)
-        del teacher  # its memory is the student's to use
         results["pruned"] = score_model(pruned, tokenizer, task, config, log)
-    with log.timed("student", f"the same, distilled from the teacher on {len(every):,} texts"):
-        if resume.phase == "baseline":  # the student was finished
-            student = load_bert(out / "student")
-        else:
-            budget = 20_000 if task.name == "toy" else 100_000
-            epochs = config.epochs or auto_epochs(len(every), budget, config.batch_size)
-            objective = Distillation(cache, experts, config)
-            student = copy.deepcopy(pruned)
-            train(student, every, objective, config, log, epochs=epochs, lr=config.lr,
-                  resume=resume)  # fmt: skip
-            rescale(student, spread, center)
-        results["student"] = score_model(student, tokenizer, task, config, log)
-    save_bert(student, out / "student", tokenizer_from=out / "teacher")
-    if config.baseline:
-        with log.timed("baseline", "the same, fine-tuned on the labels alone, for comparison"):
-            plain = replace(config, moe=False, fal=False, gan=False, soft=False)
-            epochs = fine_tuning_epochs(config, task, count)
-            train(pruned, encoded, Distillation(cache, None, plain), config, log, epochs=epochs,
-                  lr=config.lr, resume=resume)  # fmt: skip
-            rescale(pruned, spread, center)
-            results["baseline"] = score_model(pruned, tokenizer, task, config, log)
-    finish(out, config, task, log, results, data.encode(tokenizer, dev.texts[:128]))
-    texts = min(dev.texts, key=lambda text: len(str(text)))
-    command = ["predict", str(out), *([texts] if isinstance(texts, str) else texts)]
-    print(f"next: python microbert.py {shlex.join(command)}")
-    with suppress(OSError):  # a system that keeps mapped files keeps this one
-        cache_file.unlink()
-    resume.done()
-    return results
+    return Prepared(encoded, cache, experts, pruned, tokenizer, (center, spread))
+
+
+def make_student(
+    config: DistillConfig, ready: Prepared, encoded: "data.Encoded", epochs: int, log: Log,
+    resume: Resume,
+) -> Bert:  # fmt: skip
+    """A copy of the pruned BERT, trained on these texts, the first ones of the cache."""
+    student = copy.deepcopy(ready.pruned)
+    objective = Distillation(ready.cache, ready.experts if config.moe else None, config)
+    train(student, encoded, objective, config, log, epochs=epochs, lr=config.lr, resume=resume)
+    center, spread = ready.unit
+    rescale(student, spread, center)
+    return student
 
 
 def finish(

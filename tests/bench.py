@@ -48,7 +48,7 @@ class Setting:
         self.tokenizer = data.load_tokenizer(self.bert)
         self.texts = {t: glue.read(t, self.data_dir, "train").texts for t in ("SST-2", "MRPC")}
         self.all = {t: data.encode(self.tokenizer, x) for t, x in self.texts.items()}
-        self.encoded = {t: first(x, 3584) for t, x in self.all.items()}
+        self.encoded = {t: x.first(3584) for t, x in self.all.items()}
 
     def teacher(self):
         torch.manual_seed(0)
@@ -64,11 +64,6 @@ class Setting:
             return data.bucketed_batches(encoded.lengths, BATCH, seed=0, epoch=0)[:count]
         order = np.random.default_rng(0).permutation(len(encoded))
         return [order[i * BATCH : (i + 1) * BATCH] for i in range(count)]
-
-
-def first(encoded, count):
-    """The first texts alone."""
-    return replace(encoded, offsets=encoded.offsets[: count + 1])
 
 
 def seconds(run):
@@ -176,7 +171,7 @@ def depth(s):
     student = mb.prune(teacher, KEEP).eval()
     for precision in ("fp32", "bf16"):
         for task in ("SST-2", "MRPC"):
-            encoded, config = first(s.encoded[task], 1024), s.config(precision)
+            encoded, config = s.encoded[task].first(1024), s.config(precision)
             a, b = alternate(
                 [
                     lambda e=encoded, c=config: mb.predict_logits(student, e, c),
@@ -349,7 +344,7 @@ def loops(s):
         for task in ("SST-2", "MRPC"):
             config, teacher, encoded = s.config(precision), s.teacher(), s.encoded[task]
             count = 16 * BATCH
-            some = first(encoded, count)
+            some = encoded.first(count)
             usual = usual_loop(s, task, precision, fair=False)
             fair = usual_loop(s, task, precision, fair=True)
             student = mb.prune(teacher, KEEP)

@@ -380,3 +380,13 @@ def test_script_wants_a_text_or_a_pair(arguments, capsys):
     assert data.main(arguments) == 2
     assert capsys.readouterr().err.startswith("usage: python data.py")
     assert data.main(["--help"]) == 0 and "CHECKPOINT" in capsys.readouterr().out
+
+
+def test_the_first_texts_alone():
+    """Catches texts cut in the middle."""
+    encoded = data.Encoded(
+        np.arange(9, dtype=np.int32), np.zeros(9, np.uint8), np.array([0, 2, 5, 9])
+    )
+    some = encoded.first(2)
+    assert len(some) == 2 and some.ids.tolist() == [0, 1, 2, 3, 4] and len(some.type_ids) == 5
+    assert some.lengths.tolist() == [2, 3]

@@ -5,6 +5,8 @@ GLUE_DIR: folder of the GLUE files. BERT_DIR: checkpoint folder of all-MiniLM-L6
 
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -88,3 +90,13 @@ def test_the_student_is_at_home_in_transformers(tmp_path):
     for row, found in zip(ours, classify(texts, batch_size=10)):
         scores = {entry["label"]: entry["score"] for entry in found}
         assert scores["positive"] == pytest.approx(row[1].item(), abs=1e-5)
+
+
+def test_the_benchmark_runs(root, tmp_path):
+    """Catches a benchmark that has fallen behind the code."""
+    pytest.importorskip("transformers")
+    command = ["tests/bench.py", "--bert", BERT_DIR, "--data-dir", GLUE_DIR, "--repeats", "1",
+               "--rows", "start,encode", "--json", str(tmp_path / "j")]  # fmt: skip
+    done = subprocess.run([sys.executable, *command], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads((tmp_path / "j").read_text())["rows"]) == 2

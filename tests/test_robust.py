@@ -91,6 +91,23 @@ def test_interrupted_and_continued(files, whole, monkeypatch, capsys, phase, ste
     assert {e["step"] for e in logged if e["phase"] == "student" and "step" in e} == {*range(1, 9)}
 
 
+def test_the_comparison_continues_too(files, monkeypatch, capsys):  # noqa: F811
+    """Catches a student trained again or lost where only the comparison was interrupted."""
+    assert distil(files, "STS-B", *STEADY, "--baseline", out="whole") == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, "baseline", 4)
+        assert distil(files, "STS-B", *STEADY, "--baseline") == 130
+    assert (files / "out/student/model.safetensors").exists()
+    capsys.readouterr()
+    assert distil(files, "STS-B", *STEADY, "--baseline") == 0
+    shown = capsys.readouterr().out
+    assert "baseline: continues after step 2" in shown
+    assert "student     1/" not in shown and "teacher     1/" not in shown
+    same_end(files / "whole", files / "out")
+    found = [json.loads((files / o / "results.json").read_text()) for o in ("whole", "out")]
+    assert found[0]["baseline"] == found[1]["baseline"] and "score" in found[0]["baseline"]
+
+
 def test_fine_tuning_continues(files, monkeypatch, capsys):  # noqa: F811
     """Catches a resume that only `distill` has."""
     command = ("finetune", "--task", "STS-B", "--bert", files / "bert", "--batch-size", "8",

@@ -1079,7 +1079,8 @@ class Resume:
         if self.results.exists() and not config.overwrite:
             self.done()  # a kill may have come between
             raise ValueError(f"{out} holds a finished run (results.json); --overwrite replaces it")
-        free = ("out", "overwrite", "force", "log_every", "save_every", "checkpoint", *_ANSWER)
+        free = {"out", "overwrite", "force", "baseline", "log_every", "save_every", "checkpoint"}
+        free |= {*_ANSWER}
         self.flags = {name: v for name, v in asdict(config).items() if name not in free}
         text = repr([train_set.texts, train_set.gold.tolist()]).encode("utf-8", "backslashreplace")
         self.flags |= {"crc of train.tsv": zlib.crc32(text), "processes": process()[1]}

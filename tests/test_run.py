@@ -722,6 +722,7 @@ def test_a_terminal_has_a_live_line(files, monkeypatch, capsys):
 # --- the built-in task ---------------------------------------------------------------------------
 
 
+@slow
 def test_the_built_in_task_shows_the_method(root, tmp_path, capsys):
     """Catches a built-in task that pruning does not hurt, or distillation does not repair."""
     few = ["--teacher-epochs", "7", "--transfer", "0", "--epochs", "4", "--no-baseline"]  # for time
@@ -738,3 +739,14 @@ def test_the_built_in_task_shows_the_method(root, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(texts) + 1 and set(line.split("\t")[1] for line in lines[1:]) <= {
         "negative", "positive"}  # fmt: skip
+
+
+def test_the_built_in_task_runs(tmp_path, monkeypatch, capsys):
+    """Catches a first command that does not get to its end; the slow test looks at its scores."""
+    monkeypatch.chdir(tmp_path)
+    quick = ["--teacher-epochs", "1", "--epochs", "1", "--limit", "640", "--force"]
+    assert main([*quick, "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "example 1: [CLS] the " in shown and "fine-tuned only       2      121,794" in shown
+    assert main(["predict", "out", "the soup was good"]) == 0
+    assert capsys.readouterr().out.split("\t")[0] in ("negative", "positive")

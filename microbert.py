@@ -1262,6 +1262,7 @@ def download_bert(name: str) -> Path:
     """
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub import errors as hub_errors
+    from huggingface_hub.utils import logging as hub_logging
 
     commit: str | None = None  # of the first file; the others are taken from the same
 
@@ -1281,6 +1282,8 @@ def download_bert(name: str) -> Path:
         return None
 
     hub = f"{name}: no such folder here, and on {constants.ENDPOINT} "
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()  # its retries are told in one line when they fail
     try:
         if not (config := get("config.json")):
             raise FileNotFoundError(f"{hub}it has no config.json: not a checkpoint")
@@ -1308,6 +1311,8 @@ def download_bert(name: str) -> Path:
     except Exception as error:  # of the network, in the kinds of whatever library fetches
         told = " ".join(str(error).split())[:200]
         raise OSError(f"{name}: download failed: {type(error).__name__}: {told}") from None
+    finally:
+        hub_logging.set_verbosity(verbosity)
     return config.parent
 
 

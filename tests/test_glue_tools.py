@@ -756,3 +756,11 @@ def test_as_a_script(root, tmp_path):
             cwd=tmp_path, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == code and "Traceback" not in done.stderr
+
+
+def test_a_closed_pipe_is_no_error(root, tmp_path):
+    """Catches "Broken pipe" where `head` has seen enough."""
+    (tmp_path / "MRPC").mkdir()
+    script = f"{sys.executable} -u {root / 'glue.py'} check {tmp_path} | true"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.stderr == ""

@@ -1,5 +1,6 @@
 """Checkpoints by name, from a server of our own that answers as the Hub's endpoint does."""
 
+import collections
 import hashlib
 import json
 import os
@@ -42,9 +43,10 @@ def hub(files):  # noqa: F811
             name, _, rest = self.path.lstrip("/").partition("/resolve/")
             token = self.headers.get("Authorization", "").removeprefix("Bearer ")
             http.asked.append((self.command, rest.partition("/")[2], token))
+            http.revisions[rest.partition("/")[2]].add(rest.partition("/")[0])
             if not rest or rest.partition("/")[0] not in ("main", COMMIT):
                 return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
-            if name == "acme/broken":
+            if name == "acme/broken" and rest.endswith("tokenizer_config.json"):
                 return self.answer(500)
             if name == "acme/gated" and token != "secret":
                 return self.answer(403, {"X-Error-Code": "GatedRepo"})
@@ -60,8 +62,10 @@ def hub(files):  # noqa: F811
         do_HEAD = do_GET
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.revisions = collections.defaultdict(set)
     http.asked, http.url = [], f"http://127.0.0.1:{http.server_port}"
     http.models = {f"acme/{name}": files / name for name in ("tiny", "old", "bare", "empty")}
+    http.models["acme/broken"] = files / "tiny"
     http.models["tiny-bert"] = files / "tiny"
     save_bert(Bert(shape(labels=("no", "yes"))), files / "tiny", files / "bert")
     save_bert(load_bert(files / "tiny"), files / "old", files / "bert")
@@ -132,6 +136,8 @@ def test_a_checkpoint_by_name(root, hub, files, capsys):  # noqa: F811
     ):  # fmt: skip
         assert code == 2 and not out and err.count("\n") == 1, err
         assert err.startswith(f"error: {name}") and needle in err, err
+    assert hub.revisions["config.json"] == {"main"}  # and the others of the commit that it is of
+    assert hub.revisions["model.safetensors"] == hub.revisions["vocab.txt"] == {COMMIT}
     asked = len(hub.asked)
     offline = in_new_process(
         root, files, [ask("acme/tiny"), ask("acme/else")], HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1"
@@ -142,7 +148,9 @@ def test_a_checkpoint_by_name(root, hub, files, capsys):  # noqa: F811
 
 @slow
 def test_a_checkpoint_by_name_in_foul_weather(root, hub, files):  # noqa: F811
-    """Catches a token that is not sent, a server down or gone, and half a file taken for one."""
+    """Catches a token that is not sent, a server that is gone, and a file that it fails to send
+    taken for one that the checkpoint does not have: without its switches a tokenizer is another.
+    """
     from urllib.parse import urlsplit
 
     gated, broken = in_new_process(

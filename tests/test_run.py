@@ -197,6 +197,8 @@ def test_the_closing_table_compares_with_plain_fine_tuning(files, capsys, monkey
             str(found["megabytes"]),
         )
         assert float(row[5]) == pytest.approx(found["score"], abs=0.006)
+        rate = results["examples_per_second"]["teacher" if name == "teacher" else "student"]
+        assert row[4] == f"{rate:,.0f}"
     command = shlex.split(re.findall(r"^next: python microbert.py (.*)$", shown, flags=re.M)[-1])
     assert command[:2] == ["predict", str(files / "out")]
     assert main([*command, "--device", "cpu", "--max-length", "24"]) == 0
@@ -714,9 +716,27 @@ def test_a_terminal_has_a_live_line(files, monkeypatch, capsys):
     assert [line for line in lines if line.startswith("\rcache") and line.rstrip().endswith("0:00")]
     events = [json.loads(line) for line in (files / "out/log.jsonl").read_text().splitlines()]
     assert [e["step"] for e in events if "loss" in e] == [5, 8]
-    monkeypatch.setattr(microbert, "hard_loss", lambda logits, _: logits.sum() * math.nan)
+    seen, hard_loss = [], microbert.hard_loss
+
+    def broken(logits, labels):
+        seen.append(1)
+        return hard_loss(logits, labels) * (math.nan if len(seen) > 2 else 1)
+
+    monkeypatch.setattr(microbert, "hard_loss", broken)
     assert distil(files, "SST-2", out="other") == 2
-    assert capsys.readouterr().out.endswith("\n")
+    shown = capsys.readouterr().out
+    assert "\rteacher     2/5" in shown and shown.endswith("\n")
+
+
+def test_speeds_are_texts_per_second(monkeypatch):
+    """Catches a rate that is upside down, of the slowest round, or of the other model."""
+    ticks = iter([0, 2, 10, 14, 20, 21, 30, 34, 40, 42, 50, 54])  # 2, 4, 1, 4, 2 and 4 seconds
+    monkeypatch.setattr(microbert.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(microbert, "predict_logits", lambda *_: None)
+    encoded = data.Encoded(np.zeros(8), np.zeros(8), np.arange(9))
+    config = microbert.DistillConfig()
+    assert microbert.examples_per_second([None, None], encoded, config) == [8.0, 2.0]
+    assert microbert.eta(left=90, rate=2.0) == "0:45" and microbert.eta(150, 0.5) == "5:00"
 
 
 # --- the built-in task ---------------------------------------------------------------------------

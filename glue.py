@@ -783,16 +783,21 @@ def parser() -> argparse.ArgumentParser:
     """The three commands."""
     top = argparse.ArgumentParser(prog="glue.py", description="GLUE's files and submissions.")
     commands = top.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("check", help="what each file holds, and whether it is sound")
+
+    def add(name: str, help: str, example: str) -> argparse.ArgumentParser:
+        text = f"example: python glue.py {name} {example}"
+        return commands.add_parser(name, help=help, description=help, epilog=text)
+
+    sub = add("check", "what each file holds, and whether it is sound", "glue")
     sub.add_argument("folder", metavar="DIR", help="GLUE's folder, or one of your own data")
     sub.add_argument("--regression", action="store_true", help="the labels of your own are scores")
-    sub = commands.add_parser("download", help="fetch official files, checked by their sha256")
+    sub = add("download", "fetch official files, checked by their sha256", "MRPC RTE")
     sub.add_argument("tasks", metavar="TASK", nargs="+", help=f"all, or of {' '.join(TASKS)}")
     sub.add_argument("--data-dir", default="glue", help="folder to write to [glue]")
     sub.add_argument("--base-url", default=BASE_URL, help=f"of a mirror [{BASE_URL}]")
     sub.add_argument("--overwrite", action="store_true", help="replace files that are there")
     sub.add_argument("--timeout", type=float, default=30.0, help="seconds without a byte [30]")
-    sub = commands.add_parser("submit", help="pack predictions for gluebenchmark.com")
+    sub = add("submit", "pack predictions for gluebenchmark.com", "--predictions predictions")
     sub.add_argument("--predictions", metavar="DIR", required=True, help="folder of TASK.tsv files")
     sub.add_argument("--out", default="submission.zip", help="zip to write [submission.zip]")
     return top

@@ -764,3 +764,13 @@ def test_a_closed_pipe_is_no_error(root, tmp_path):
     script = f"{sys.executable} -u {root / 'glue.py'} check {tmp_path} | true"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("command", ["check", "download", "submit"])
+def test_help_has_an_example(command, capsys):
+    """Catches a command without one, or whose example the parser does not take."""
+    with pytest.raises(SystemExit):
+        glue.main([command, "--help"])
+    example = " ".join(capsys.readouterr().out.rpartition("example: ")[2].split())
+    assert example.startswith(f"python glue.py {command} ")
+    assert glue.parser().parse_args(example.split()[2:]).command == command

@@ -8,7 +8,7 @@
 [6] Miyato et al. 2018, spectral norm        https://arxiv.org/abs/1802.05957
 
 Shapes: B batch, T tokens, H hidden_size, N heads, L layers, K matched layers, E = 3 experts
-(cls, max, mean), P expert_size, C labels, n examples.
+(cls, max, mean), P expert_size, C labels, F what a discriminator sees of a text, n examples.
 OURS(i) marks a choice that [1]'s public part does not settle; row i of the README table says why.
 
 Reading order: configs, encoder, pruning, losses, features and experts, discriminator, the student's
@@ -60,7 +60,7 @@ __all__ = [
     "FeatureMapping", "Log", "SentenceExperts", "TeacherCache", "adversarial_loss",
     "alignment_loss", "discriminator_loss", "distill", "download_bert", "evaluate",
     "finetune", "fit_experts", "hard_loss", "layer_map", "load_bert", "make_experts",
-    "model_outputs", "predict", "predict_logits", "prune", "save_bert", "sentence_features",
+    "model_outputs", "predict_logits", "prune", "save_bert", "sentence_features",
     "soft_loss", "teacher_pass", "train",
 ]  # fmt: skip
 __version__ = "0.1.0"
@@ -198,7 +198,9 @@ class DistillConfig:
         0, "encoder layers it keeps, evenly spaced; 0 is half the teacher's", group="the student"
     )
     keep_layers: str = opt("", "or the layers themselves, counted from 1: 1,3,5")
-    baseline: bool = opt(True, "fine-tune it on the labels alone too, for the closing table")
+    baseline: bool = opt(
+        True, "fine-tune it on labels alone too, passes as the teacher's, for the closing table"
+    )
 
     moe: bool = opt(True, "mixture of experts over the sentence features", group="the method")
     fal: bool = opt(True, "feature alignment loss")
@@ -448,7 +450,10 @@ def soft_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Ten
 
 
 def hard_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy, or squared error where C = 1; logits (B, C), labels (B,), NaN adds 0 -> ()"""
+    """Cross-entropy, or squared error where C = 1; logits (B, C), labels (B,) -> ()
+
+    The mean is over all B; a label NaN, of a text that has none, adds 0.
+    """
     known, target = ~labels.isnan(), labels.nan_to_num()  # (B,)
     if logits.shape[-1] == 1:
         each = (logits[:, 0] - target).square()  # (B,)
@@ -660,7 +665,8 @@ class TeacherCache(NamedTuple):
 class Distillation:
     """loss = a soft + (1 - a) hard + b FAL + c adversarial: the weighted terms of one step.
 
-    Holds the frozen experts and the discriminator, which it trains on every batch it is given.
+    Holds the frozen experts and the discriminator, which it trains on every batch it is given. The
+    student has the K matched layers, no other. `stateful` is what a killed run has to keep of it.
     """
 
     def __init__(
@@ -668,7 +674,7 @@ class Distillation:
     ) -> None:
         self.cache, self.experts, self.config = cache, experts, config
         self.soft_weight = config.soft_weight if config.soft else 0.0
-        self.stateful: dict[str, Any] = {}  # what training it changes
+        self.stateful: dict[str, Any] = {}
         if config.gan:
             torch.manual_seed(config.seed)
             fused = (cache.features if experts is None else experts.experts).shape[-1]
@@ -746,45 +752,48 @@ def train(
     device, (rank, processes) = resolve_device(config.device), process()
     refuse_segments(model, encoded)
     model.to(device).train()
-    encoded, words = only_seen_words(model, encoded)
-    size = config.batch_size
-    steps = epochs * math.ceil(len(encoded) / size)
-    optimizer = adamw(model, lr, config.weight_decay)
-    first = resume.restore(model, optimizer, objective, encoded, log) if resume else 0
-    forward, started = in_parallel(model), time.perf_counter()
-    batches = (
-        rows
-        for epoch in range(epochs)
-        for rows in data.bucketed_batches(encoded.lengths, size, seed=config.seed, epoch=epoch)
-    )
-    for step, rows in enumerate(islice(batches, first, None), first + 1):
-        seed_step(config.seed, rank, step)
-        progress = (step - 1) / steps
-        for group in optimizer.param_groups:
-            group["lr"] = lr * schedule(progress, config.warmup)
-        rows = rows[rank::processes] if len(rows) >= processes else rows
-        batch = {k: ship(v, device) for k, v in data.collate(encoded, rows).items()}
-        with autocast(config):
-            output = forward(**batch)
-        terms = objective(output, batch["attention_mask"], torch.from_numpy(rows), progress)
-        loss = torch.stack(list(terms.values())).sum()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        if not (loss + norm).isfinite():
-            raise ValueError(
-                f"{log.phase} step {step}: the loss is {loss.item():g} ("
-                + ", ".join(f"{name} {term.item():g}" for name, term in terms.items())
-                + f"), its gradient's norm {norm.item():g}; lower the learning rate"
-                + (f"; {resume.path} keeps the last good state" if resume and resume.saved else "")
-            )
-        optimizer.step()
-        optimizer.zero_grad()
-        if (kept := step % config.log_every == 0 or step == steps) or log.due():
-            rate = (step - first) * size / (time.perf_counter() - started)
-            log.step(step, steps, terms, optimizer.param_groups[0]["lr"], rate, size, kept)
-        if resume and (step % config.save_every == 0 or step == steps):
-            resume.save(step, log)
-    all_words(model, *words)
+    with only_seen_words(model, encoded) as encoded:
+        size = config.batch_size
+        steps = epochs * math.ceil(len(encoded) / size)
+        optimizer = adamw(model, lr, config.weight_decay)
+        first = resume.restore(model, optimizer, objective, encoded, log) if resume else 0
+        forward, started = in_parallel(model), time.perf_counter()
+        batches = (
+            rows
+            for epoch in range(epochs)
+            for rows in data.bucketed_batches(encoded.lengths, size, seed=config.seed, epoch=epoch)
+        )
+        for step, rows in enumerate(islice(batches, first, None), first + 1):
+            seed_step(config.seed, rank, step)
+            progress = (step - 1) / steps
+            for group in optimizer.param_groups:
+                group["lr"] = lr * schedule(progress, config.warmup)
+            rows = rows[rank::processes] if len(rows) >= processes else rows
+            batch = {k: ship(v, device) for k, v in data.collate(encoded, rows).items()}
+            with autocast(config):
+                output = forward(**batch)
+            terms = objective(output, batch["attention_mask"], torch.from_numpy(rows), progress)
+            loss = torch.stack(list(terms.values())).sum()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            if not (loss + norm).isfinite():
+                raise ValueError(
+                    f"{log.phase} step {step}: the loss is {loss.item():g} ("
+                    + ", ".join(f"{name} {term.item():g}" for name, term in terms.items())
+                    + f"), its gradient's norm {norm.item():g}; lower the learning rate"
+                    + (
+                        f"; {resume.path} keeps the last good state"
+                        if resume and resume.saved
+                        else ""
+                    )
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+            if (kept := step % config.log_every == 0 or step == steps) or log.due():
+                rate = (step - first) * size / (time.perf_counter() - started)
+                log.step(step, steps, terms, optimizer.param_groups[0]["lr"], rate, size, kept)
+            if resume and (step % config.save_every == 0 or step == steps):
+                resume.save(step, log)
     model.eval()
 
 
@@ -801,29 +810,27 @@ def seed_step(seed: int, rank: int, step: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, rank, step]).generate_state(1)[0]))
 
 
-@torch.no_grad()
-def only_seen_words(
-    model: Bert, encoded: "data.Encoded"
-) -> tuple["data.Encoded", tuple[Tensor, Tensor]]:
+@contextmanager
+def only_seen_words(model: Bert, encoded: "data.Encoded") -> Iterator["data.Encoded"]:
     """Leaves the model the embeddings of the words that occur in these texts, renumbered.
 
     The others' gradients are 0, and working those out, clipping and stepping them took up to a
-    fifth of a step. Returns the texts in the new numbers, and what `all_words` needs.
+    fifth of a step. Yields the texts in the new numbers; whatever happens meanwhile, the rows are
+    put back into the whole table, (vocab_size, H), at the end.
     """
     import numpy as np
 
-    table = model.word_embeddings.weight.detach()
+    whole = model.word_embeddings.weight
     seen, ids = np.unique(encoded.ids, return_inverse=True)
-    rows = torch.from_numpy(seen).long().to(table.device)
-    model.word_embeddings.weight = nn.Parameter(table[rows])
-    return replace(encoded, ids=ids.astype(np.int32)), (table, rows)
-
-
-@torch.no_grad()
-def all_words(model: Bert, table: Tensor, rows: Tensor) -> None:
-    """Puts the trained rows back into the whole table, (vocab_size, H)."""
-    table[rows] = model.word_embeddings.weight
-    model.word_embeddings.weight = nn.Parameter(table)
+    rows = torch.from_numpy(seen).long().to(whole.device)
+    some = nn.Parameter(whole.detach()[rows], requires_grad=whole.requires_grad)
+    model.word_embeddings.weight = some
+    try:
+        yield replace(encoded, ids=ids.astype(np.int32))
+    finally:
+        with torch.no_grad():
+            whole[rows] = some
+        model.word_embeddings.weight = whole
 
 
 def process() -> tuple[int, int]:
@@ -871,7 +878,7 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device(next(device for device, there in here.items() if there))
     if not here.get(name.split(":")[0], False):
-        raise ValueError(f"device '{name}' is not there, expected auto, cpu, cuda or mps")
+        raise ValueError(f"device '{name}' is not there; auto takes the best of cuda, mps and cpu")
     return torch.device(name)
 
 
@@ -889,7 +896,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def autocast(config: DistillConfig) -> torch.autocast:
-    """The precision of a forward pass."""
+    """The precision of a forward pass: fp32 unless config.precision, once settled, is bf16."""
     device = resolve_device(config.device).type
     return torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16")
 
@@ -979,7 +986,7 @@ class Log:
     """log.jsonl, one object a line, and the same for people: lines, or on a terminal a live one."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.phase, self.started = path, "", 0.0
+        self.path, self.phase, self.started = path, "training", 0.0
         self.seconds: dict[str, float] = {}  # of each phase, those before a kill included
         self.live = sys.stdout.isatty()
         self.shown, self.unfinished = 0.0, False  # when the last line was, and if it stands open
@@ -1079,6 +1086,7 @@ class Resume:
         if self.results.exists() and not config.overwrite:
             self.done()  # a kill may have come between
             raise ValueError(f"{out} holds a finished run (results.json); --overwrite replaces it")
+        # what changes no weight may differ
         free = {"out", "overwrite", "force", "baseline", "log_every", "save_every", "checkpoint"}
         free |= {*_ANSWER}
         self.flags = {name: v for name, v in asdict(config).items() if name not in free}
@@ -1123,14 +1131,15 @@ class Resume:
                 continue
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 pass  # no JSON object, or not one of ours
-            print(f"note: {path} is torn, falls back to what was before it", file=sys.stderr)
+            print(f"note: {path} is torn and not used", file=sys.stderr)
         return {}, b""
 
     def begin(self, log: "Log") -> None:
         """Gives up what --out holds, unless it is the run to continue."""
         if not self.phase and not process()[0]:
-            for path in (self.path, self.old, self.results):
-                path.unlink(missing_ok=True)
+            student = self.path.parent / "student"
+            for path in (self.path, self.old, self.results, student / "config.json"):
+                path.unlink(missing_ok=True)  # a student of before must not answer for this run
             write_file(log.path, b"")
 
     def restore(
@@ -1282,6 +1291,8 @@ def download_bert(name: str) -> Path:
         return None
 
     hub = f"{name}: no such folder here, and on {constants.ENDPOINT} "
+    if try_to_load_from_cache(name, "config.json") is None and not constants.HF_HUB_OFFLINE:
+        print(f"note: {name} is no folder here, asking {constants.ENDPOINT}", file=sys.stderr)
     verbosity = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()  # its retries are told in one line when they fail
     try:
@@ -1555,6 +1566,10 @@ def settle(config: DistillConfig) -> DistillConfig:
         if not good:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} is {getattr(config, name)!r}, expected {expected}")
+    if config.bert and config.teacher:
+        raise ValueError(
+            "--bert and --teacher exclude each other: one starts a teacher, one is one"
+        )
     resolve_device(config.device)
     return config
 
@@ -1607,7 +1622,15 @@ def checkpoint_folder(path: str, part: str) -> Path:
     owner = folder.parent != Path() and folder.parent.exists()  # a folder's name, misspelt
     if not folder.exists() and not owner and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
         return download_bert(path)
-    return inner if not (folder / "config.json").is_file() and inner.is_dir() else folder
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.is_dir() and not (inner / "config.json").is_file():
+        there = [
+            name for name in ("teacher", "student") if (folder / name / "config.json").exists()
+        ]
+        hint = f"; {folder / there[0]} is one" if there else ", or the run is not finished"
+        raise FileNotFoundError(f"{folder}: no checkpoint in it, and no {part}{hint}")
+    return inner if inner.is_dir() else folder
 
 
 def match_labels(model: Bert, task: "glue.Task", where: Path) -> Bert:
@@ -1667,6 +1690,14 @@ def load_fitting_tokenizer(folder: Path, model: Bert, config: DistillConfig) -> 
     return tokenizer
 
 
+def need_bert(config: DistillConfig, task: "glue.Task") -> None:
+    """Raises ValueError for a real task without a BERT to start from."""
+    if task.name != "toy" and not (config.bert or config.teacher):
+        raise ValueError(
+            f"task {task.name} needs --bert, a pre-trained BERT to fine-tune, or --teacher"
+        )
+
+
 def starting_bert(config: DistillConfig, task: "glue.Task", out: Path) -> tuple[Bert, Path]:
     """The teacher, or the BERT that becomes it under a fresh classifier; its tokenizer's folder."""
     torch.manual_seed(config.seed)
@@ -1678,10 +1709,6 @@ def starting_bert(config: DistillConfig, task: "glue.Task", out: Path) -> tuple[
         model = load_bert(folder, labels=task.labels or ("score",))
         print(f"{folder}: {', '.join(model.fresh)} drawn at random, to be fine-tuned")
         return model, folder
-    if task.name != "toy":
-        raise ValueError(
-            f"task {task.name} needs --bert FOLDER, a pre-trained BERT to fine-tune, or --teacher"
-        )
     return toy_bert(task, out / "toy"), out / "toy"
 
 
@@ -1780,7 +1807,8 @@ def refuse_majority(task: "glue.Task", dev: "glue.Examples", reached: float, for
     if reached <= majority and not force:
         raise ValueError(
             f"the teacher scores {reached:.2f} on {task.name} dev, the most frequent label alone "
-            f"{majority:.2f}: nothing to distil. Fine-tune it longer, or insist with --force"
+            f"{majority:.2f}: nothing to distil. --overwrite and --teacher-epochs fine-tune "
+            "it longer, --force insists"
         )
 
 
@@ -1887,6 +1915,7 @@ def finetune(config: DistillConfig) -> dict[str, Any]:
     """
     config = settle(config)
     out, task = Path(config.out or "out"), find_task(config)
+    need_bert(config, task)
     train_set, _ = load_split(config, task, "train"), load_split(config, task, "dev")
     log = Log(out / "log.jsonl")
     resume = Resume(out, config, train_set, log)
@@ -1896,10 +1925,10 @@ def finetune(config: DistillConfig) -> dict[str, Any]:
     results = {"teacher": scores}
     write_results(out, config, task, log, results)
     resume.done()
-    flags = " --regression" if config.regression else ""
-    flags += "" if task.folder or task.name == "toy" else f" --data-dir {config.data_dir}"
-    print(f"\nsaved {out / 'teacher'}")
-    print(f"next: python microbert.py --task {config.task}{flags} --teacher {out}")
+    command = ["--task", config.task, *["--regression"] * config.regression]
+    command += [] if task.folder or task.name == "toy" else ["--data-dir", config.data_dir]
+    command += ["--teacher", str(out), "--out", f"{out}-student"]
+    print(f"\nsaved {out / 'teacher'}\nnext: python microbert.py {shlex.join(command)}")
     return results
 
 
@@ -1924,6 +1953,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
 
     config = settle(config)
     out, task = Path(config.out or "out"), find_task(config)
+    need_bert(config, task)
     train_set, dev = load_split(config, task, "train"), load_split(config, task, "dev")
     log = Log(out / "log.jsonl")
     results: dict[str, Any] = {}
@@ -2125,8 +2155,10 @@ def predict(config: DistillConfig) -> None:
     if config.task:
         return predict_split(config)
     folder = checkpoint_folder(config.checkpoint, "student")
-    if config.text and config.file or config.split != "dev":
-        raise ValueError("a text and --file exclude each other, and --split needs --task")
+    if config.text and config.file:
+        raise ValueError("a text and --file exclude each other")
+    if config.split != "dev":
+        raise ValueError("--split needs --task, whose split it is")
     if len(config.text) > 2:
         raise ValueError(f"{len(config.text)} texts, expected one or the two of a pair, quoted")
     if config.out and Path(config.out).is_file() and Path(config.out).stat().st_size:
@@ -2153,6 +2185,10 @@ def given_texts(config: DistillConfig) -> Iterator[tuple[str, Any]]:
     if config.text:
         yield "text", config.text[0] if len(config.text) == 1 else tuple(config.text)
         return
+    if config.file and not Path(config.file).exists():
+        raise FileNotFoundError(f"{config.file}: no such file")
+    if not config.file and sys.stdin.isatty():
+        print("note: reads texts, one a line; Ctrl-D ends", file=sys.stderr)
     where = config.file or "standard input"
     with open(config.file, "rb") if config.file else nullcontext(sys.stdin.buffer) as file:
         for number, raw in enumerate(file, 1):
@@ -2263,6 +2299,9 @@ _COMMANDS: dict[str, tuple[Callable[[DistillConfig], Any], tuple[str, ...], str]
 }
 
 
+_ARGUMENTS = {"evaluate": "CHECKPOINT ", "predict": "CHECKPOINT [TEXT [PAIR]] "}
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
@@ -2285,10 +2324,11 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"microbert {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command, (run, names, examples) in _COMMANDS.items():
+        usage = f"python microbert.py {command} {_ARGUMENTS.get(command, '')}[options]"
         sub = commands.add_parser(
-            command, **prose, help=(run.__doc__ or "").split("\n")[0],
+            command, **prose, usage=usage, help=(run.__doc__ or "").split("\n")[0],
             description=inspect.cleandoc(run.__doc__ or "").split("\nReturns")[0],
-            epilog=f"examples:{examples}", usage=f"python microbert.py {command} [options]",
+            epilog=f"examples:{examples}",
         )  # fmt: skip
         headings, heading = {}, ""
         for f in fields(DistillConfig):
@@ -2308,7 +2348,8 @@ def add_option(group: Any, command: str, name: str, default: Any, text: str) -> 
     default = "" if (command, name) == ("predict", "task") else default
     text = (text + ("" if default in ("", ()) else f" [{default}]")).replace("%", "%%")
     if name in ("checkpoint", "text"):
-        group.add_argument(name, help=text, nargs="*" if name == "text" else None)
+        optional = {"nargs": "*", "default": ()} if name == "text" else {}
+        group.add_argument(name, help=text, **optional)
     elif default is False:
         group.add_argument(*flags, help=text.replace(" [False]", ""), action="store_true")
     elif default is True:
@@ -2323,14 +2364,13 @@ def parse(arguments: list[str]) -> dict[str, Any]:
     if not arguments or arguments[0].startswith("-") and arguments[0] not in _TOP_FLAGS:
         arguments = ["distill", *arguments]
     if arguments[0] not in (*_COMMANDS, *_TOP_FLAGS):
-        (near,) = difflib.get_close_matches(arguments[0], _COMMANDS, n=1, cutoff=0.0)
-        raise ValueError(
-            f"no command '{arguments[0]}', did you mean {near}? ({', '.join(_COMMANDS)})"
-        )
+        near = difflib.get_close_matches(arguments[0], _COMMANDS, n=1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        raise ValueError(f"no command '{arguments[0]}'{hint} ({', '.join(_COMMANDS)})")
     chosen, unknown = parser().parse_known_args(arguments)
     if unknown:
         flags = ["--" + name.replace("_", "-") for name in _COMMANDS[chosen.command][1]]
-        found = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+        found = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.7)
         hint = f", did you mean {found[0]}?" if found else ""
         raise ValueError(
             f"{chosen.command} has no '{unknown[0]}'{hint or '; its --help shows what it has'}"
@@ -2382,8 +2422,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error{where}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        unfinished = Path(chosen.get("out") or "out") / "resume.ckpt"
-        how = f"; the same command continues from {unfinished}" if unfinished.exists() else ""
+        found = [
+            Path(chosen.get("out") or "out") / name for name in ("resume.ckpt", "resume.ckpt.old")
+        ]
+        found = [path for path in found if path.exists() and not chosen.get("checkpoint")]
+        how = f"; the same command continues from {found[0]}" if found else ""
         print(f"interrupted{how}", file=sys.stderr)
         return 130
     return 0

@@ -250,7 +250,8 @@ def step(s):
             plain = mb.Distillation(full.cache, None, replace(
                 config, moe=False, fal=False, gan=False, soft=False))  # fmt: skip
             student = mb.prune(teacher, KEEP).train()
-            encoded, _ = mb.only_seen_words(student, s.all[task])
+            some_words = mb.only_seen_words(student, s.all[task])
+            encoded = some_words.__enter__()  # and stays so, for both steps
             optimizer = mb.adamw(student, 1e-5, 0.01)
             batches = s.batches(task, 24, bucketed=True)
             steps = [

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -128,12 +129,7 @@ def test_words_that_do_not_occur_cost_and_change_nothing(monkeypatch):
     small, start, rows = trained()
     occur = np.unique(texts().ids)
     assert rows == {len(occur)} and len(occur) < TINY.vocab_size
-    everything = torch.arange(TINY.vocab_size)
-
-    def whole(model, encoded):
-        return encoded, (model.word_embeddings.weight.clone(), everything)
-
-    monkeypatch.setattr(microbert, "only_seen_words", whole)
+    monkeypatch.setattr(microbert, "only_seen_words", lambda _, encoded: nullcontext(encoded))
     large, _, rows = trained()
     assert rows == {TINY.vocab_size}
     for name, tensor in large.items():
@@ -143,6 +139,24 @@ def test_words_that_do_not_occur_cost_and_change_nothing(monkeypatch):
     assert torch.equal(words[others], start["word_embeddings.weight"][others])
     moved = (words - start["word_embeddings.weight"]).abs().amax(1)
     assert (moved[occur] > 1e-4).all()
+
+
+def test_a_frozen_or_interrupted_table_stays_whole():
+    """Catches frozen embeddings that move, and a model left with a few words after an error."""
+    model, encoded = Bert(TINY), texts()
+    table = model.word_embeddings.weight.requires_grad_(False)
+    before = table.clone()
+
+    def objective(output, mask, batch, progress):
+        if progress > 0.5:
+            raise KeyboardInterrupt
+        return {"hard": output.logits.square().mean()}
+
+    config = settle(DistillConfig(device="cpu", precision="fp32", batch_size=8))
+    with pytest.raises(KeyboardInterrupt):
+        microbert.train(model, encoded, objective, config, Quiet(), epochs=3, lr=1e-2)
+    assert model.word_embeddings.weight is table and torch.equal(table, before)
+    assert not table.requires_grad and model(torch.tensor([[TINY.vocab_size - 1]])).logits.shape
 
 
 def test_weight_decay_leaves_words_alone_that_do_not_occur():

@@ -718,7 +718,8 @@ def test_checkpoint_folder(folder, tmp_path):
     """Catches a run's --out folder not understood as the checkpoint in it."""
     assert microbert.checkpoint_folder(str(folder), "bert") == folder
     assert microbert.checkpoint_folder(str(tmp_path), "bert") == folder
-    assert microbert.checkpoint_folder(str(tmp_path), "student") == tmp_path
+    with pytest.raises(FileNotFoundError, match="no checkpoint in it, and no student"):
+        microbert.checkpoint_folder(str(tmp_path), "student")
 
 
 def test_import_is_silent(root):

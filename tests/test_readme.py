@@ -113,7 +113,8 @@ def test_commands_of_the_readme_run(root, readme, tmp_path, monkeypatch, capsys)
     """
     monkeypatch.chdir(tmp_path)
     texts = small_glue(tmp_path / "glue", monkeypatch)
-    for name in ("path/to/bert", "all-MiniLM-L6-v2", "google-bert/bert-base-uncased"):
+    for name in ("path/to/bert", "sentence-transformers/all-MiniLM-L6-v2",
+                 "google-bert/bert-base-uncased"):  # fmt: skip
         tiny_bert(tmp_path / name, " ".join(texts).split())
     (tmp_path / "pairs.tsv").write_text("he left\twhy not\n" * 5)
     downloaded = []

@@ -721,6 +721,7 @@ def test_what_predict_cannot_take(student, files, capsys):  # noqa: F811
         (["a", "--task", "SST-2"], "exclude each other"),
         (["a", "--file", files / "bert/vocab.txt"], "exclude each other"),
         (["a", "--split", "test"], "--split needs --task"),
+        (["--file", files / "nowhere"], "nowhere: no such file"),
     ):
         code, _, err = answer(capsys, student, *arguments)
         assert code == 2 and needle in err and err.count("\n") == 1

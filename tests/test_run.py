@@ -444,7 +444,7 @@ def test_a_regression_teacher_of_your_own(files, capsys):
     assert run(files, "finetune", *options, "--epochs", "1", "--max-length", "24") == 0
     printed = capsys.readouterr().out
     assert "[SEP] -> 100\n" in printed and "[SEP] -> 250.5\n" in printed
-    assert f"--task {folder} --regression --teacher {files / 'made'}\n" in printed
+    assert f"--task {folder} --regression --teacher {files / 'made'} --out " in printed
 
 
 def test_passes_of_a_training():
@@ -585,8 +585,9 @@ def test_a_finished_run_is_kept(files, capsys):
     [
         (["--task", "RTEE"], ["RTEE", "RTE?"]),
         (["--task", "AX"], ["AX", "train"]),
-        (["--task", "QQP"], ["QQP/train.tsv", "no such file"]),
+        (["--task", "QQP", "--bert", "b"], ["QQP/train.tsv", "no such file"]),
         (["--task", "RTE"], ["--bert"]),
+        (["--task", "RTE", "--bert", "a", "--teacher", "b"], ["--bert and --teacher exclude"]),
         (["--task", "RTE", "--bert", "nowhere"], ["nowhere: no such folder", "HF_HUB_OFFLINE"]),
         (["--layers", "5"], ["5 student layers", "4"]),
         (["--keep-layers", "3,1"], ["--keep-layers", "1 to 4"]),
@@ -681,6 +682,7 @@ def test_the_version(capsys):
         (["evalute", "out"], ["no command 'evalute'", "evaluate?"]),
         (["--tusk", "toy"], ["--tusk", "--task?"]),
         (["--tempreature=3"], ["--tempreature=3", "--temperature?"]),
+        (["help"], ["no command 'help' (distill, "]),
         (["finetune", "--zzz"], ["finetune has no '--zzz'", "--help"]),
         (["evaluate", "a", "b"], ["evaluate has no 'b'"]),
         (["--task", "MPRC"], ["MPRC", "MRPC?"]),
@@ -770,3 +772,30 @@ def test_the_built_in_task_runs(tmp_path, monkeypatch, capsys):
     assert "example 1: [CLS] the " in shown and "fine-tuned only       2      121,794" in shown
     assert main(["predict", "out", "the soup was good"]) == 0
     assert capsys.readouterr().out.split("\t")[0] in ("negative", "positive")
+
+
+def test_a_folder_without_a_student_says_what_it_has(files, capsys):
+    """Catches advice that leads nowhere where a run is not finished or was the teacher's alone."""
+    command = ("finetune", "--task", "SST-2", "--bert", files / "bert", "--epochs", "1",
+               "--max-length", "24", "--out", files / "out")  # fmt: skip
+    assert run(files, *command) == 0
+    shown = capsys.readouterr().out
+    refused(capsys, main(["predict", str(files / "out"), "a"]), "out/teacher is one")
+    (files / "empty").mkdir()
+    refused(capsys, main(["predict", str(files / "empty"), "a"]), "no checkpoint in it")
+    (line,) = re.findall(r"^next: python microbert.py (.*)$", shown, flags=re.M)
+    assert main([*shlex.split(line), *QUICK, "--force"]) == 0  # as it is printed
+    assert (files / "out-student/student/config.json").exists()
+
+
+def test_a_student_of_before_does_not_answer_for_an_unfinished_run(files, capsys, monkeypatch):
+    """Catches predictions of a run that was given up for another."""
+    assert distil(files, "SST-2") == 0
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(microbert, "train", interrupted)
+    assert distil(files, "SST-2", "--overwrite") == 130
+    capsys.readouterr()
+    refused(capsys, main(["predict", str(files / "out"), "a"]), "no student")

@@ -776,17 +776,7 @@ def train(
             loss = torch.stack(list(terms.values())).sum()
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            if not (loss + norm).isfinite():
-                raise ValueError(
-                    f"{log.phase} step {step}: the loss is {loss.item():g} ("
-                    + ", ".join(f"{name} {term.item():g}" for name, term in terms.items())
-                    + f"), its gradient's norm {norm.item():g}; lower the learning rate"
-                    + (
-                        f"; {resume.path} keeps the last good state"
-                        if resume and resume.saved
-                        else ""
-                    )
-                )
+            refuse_not_finite(loss, norm, terms, step, log, resume)
             optimizer.step()
             optimizer.zero_grad()
             if (kept := step % config.log_every == 0 or step == steps) or log.due():
@@ -795,6 +785,21 @@ def train(
             if resume and (step % config.save_every == 0 or step == steps):
                 resume.save(step, log)
     model.eval()
+
+
+def refuse_not_finite(
+    loss: Tensor, norm: Tensor, terms: dict[str, Tensor], step: int, log: "Log",
+    resume: "Resume | None",
+) -> None:  # fmt: skip
+    """Raises ValueError with the terms of a loss where it or its gradient's norm is not finite."""
+    if (loss + norm).isfinite():
+        return
+    parts = ", ".join(f"{name} {term.item():g}" for name, term in terms.items())
+    kept = f"; {resume.path} keeps the last good state" if resume and resume.saved else ""
+    raise ValueError(
+        f"{log.phase} step {step}: the loss is {loss.item():g} ({parts}), its gradient's norm "
+        f"{norm.item():g}; lower the learning rate{kept}"
+    )
 
 
 def refuse_segments(model: Bert, encoded: "data.Encoded") -> None:
@@ -1269,26 +1274,9 @@ def download_bert(name: str) -> Path:
     HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE hold. Raises FileNotFoundError or OSError
     where there is no such checkpoint, or none that can be reached, saying what to do.
     """
-    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub import errors as hub_errors
     from huggingface_hub.utils import logging as hub_logging
-
-    commit: str | None = None  # of the first file; the others are taken from the same
-
-    def get(*files: str) -> Path | None:
-        """The first of these files that the checkpoint has."""
-        for file in files:
-            cached = try_to_load_from_cache(name, file, revision=commit) if commit else None
-            if cached is not None and not isinstance(cached, str):
-                continue  # known not to be there
-            try:
-                return Path(hf_hub_download(name, file, revision=commit))
-            except hub_errors.LocalEntryNotFoundError:  # a kind of EntryNotFoundError
-                if not (commit and constants.HF_HUB_OFFLINE):
-                    raise
-            except hub_errors.EntryNotFoundError:
-                pass
-        return None
 
     hub = f"{name}: no such folder here, and on {constants.ENDPOINT} "
     if try_to_load_from_cache(name, "config.json") is None and not constants.HF_HUB_OFFLINE:
@@ -1296,14 +1284,15 @@ def download_bert(name: str) -> Path:
     verbosity = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()  # its retries are told in one line when they fail
     try:
-        if not (config := get("config.json")):
+        if not (config := _from_hub(name, None, "config.json")):
             raise FileNotFoundError(f"{hub}it has no config.json: not a checkpoint")
-        commit = config.parent.name
-        if not get("model.safetensors", "pytorch_model.bin"):
+        commit = config.parent.name  # the other files are taken from the same
+        if not _from_hub(name, commit, "model.safetensors", "pytorch_model.bin"):
             raise FileNotFoundError(f"{hub}neither model.safetensors nor pytorch_model.bin")
-        if not get("tokenizer.json", "vocab.txt"):
+        if not _from_hub(name, commit, "tokenizer.json", "vocab.txt"):
             raise FileNotFoundError(f"{hub}neither tokenizer.json nor vocab.txt")
-        get("tokenizer_config.json"), get("special_tokens_map.json")
+        for optional in ("tokenizer_config.json", "special_tokens_map.json"):
+            _from_hub(name, commit, optional)
     except hub_errors.GatedRepoError:
         raise FileNotFoundError(
             f"{hub}it is gated: ask for access on its page, then set HF_TOKEN to a token of yours"
@@ -1325,6 +1314,25 @@ def download_bert(name: str) -> Path:
     finally:
         hub_logging.set_verbosity(verbosity)
     return config.parent
+
+
+def _from_hub(name: str, commit: str | None, *files: str) -> Path | None:
+    """The first of these files that the checkpoint has, from the cache or downloaded."""
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import errors as hub_errors
+
+    for file in files:
+        cached = try_to_load_from_cache(name, file, revision=commit) if commit else None
+        if cached is not None and not isinstance(cached, str):
+            continue  # known not to be there
+        try:
+            return Path(hf_hub_download(name, file, revision=commit))
+        except hub_errors.LocalEntryNotFoundError:  # a kind of EntryNotFoundError
+            if not (commit and constants.HF_HUB_OFFLINE):
+                raise
+        except hub_errors.EntryNotFoundError:
+            pass
+    return None
 
 
 def _read_checkpoint(folder: Path) -> tuple[Path, dict[str, Tensor]]:
@@ -1622,15 +1630,13 @@ def checkpoint_folder(path: str, part: str) -> Path:
     owner = folder.parent != Path() and folder.parent.exists()  # a folder's name, misspelt
     if not folder.exists() and not owner and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
         return download_bert(path)
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() or not folder.is_dir():
         return folder
-    if folder.is_dir() and not (inner / "config.json").is_file():
-        there = [
-            name for name in ("teacher", "student") if (folder / name / "config.json").exists()
-        ]
-        hint = f"; {folder / there[0]} is one" if there else ", or the run is not finished"
-        raise FileNotFoundError(f"{folder}: no checkpoint in it, and no {part}{hint}")
-    return inner if inner.is_dir() else folder
+    if (inner / "config.json").is_file():
+        return inner
+    there = [name for name in ("teacher", "student") if (folder / name / "config.json").is_file()]
+    hint = f"; {folder / there[0]} is one" if there else ", or the run is not finished"
+    raise FileNotFoundError(f"{folder}: no checkpoint in it, and no {part}{hint}")
 
 
 def match_labels(model: Bert, task: "glue.Task", where: Path) -> Bert:
@@ -1980,7 +1986,8 @@ def distill(config: DistillConfig) -> dict[str, Any]:
             baseline = make_student(labels_alone, ready, texts, epochs, log, resume)
             results["baseline"] = score_model(baseline, ready.tokenizer, task, config, log)
 
-    finish(out, config, task, log, results, data.encode(ready.tokenizer, dev.texts[:128]))
+    sample = data.encode(ready.tokenizer, dev.texts[:128])
+    finish(out, config, task, log, results, student, sample)
     example = min(dev.texts, key=lambda text: len(str(text)))
     command = ["predict", str(out), *([example] if isinstance(example, str) else example)]
     print(f"next: python microbert.py {shlex.join(command)}")
@@ -2042,14 +2049,14 @@ def finish(
     task: "glue.Task",
     log: Log,
     results: dict[str, Any],
+    student: Bert,
     sample: "data.Encoded",
 ) -> None:
     """Sizes and speeds of teacher and student, results.json and the closing table."""
     if dist.is_initialized():
         dist.barrier()  # the first one has written the student
-    models = {part: load_bert(out / part) for part in ("teacher", "student")}
-    speeds = examples_per_second(list(models.values()), sample, config)
-    results["examples_per_second"] = dict(zip(models, speeds))
+    speeds = examples_per_second([load_bert(out / "teacher"), student], sample, config)
+    results["examples_per_second"] = dict(zip(("teacher", "student"), speeds))
     for name in results.keys() - {"examples_per_second"}:
         file = out / ("teacher" if name == "teacher" else "student") / "model.safetensors"
         results[name]["megabytes"] = round(file.stat().st_size / 1e6, 1)
@@ -2297,8 +2304,7 @@ _COMMANDS: dict[str, tuple[Callable[[DistillConfig], Any], tuple[str, ...], str]
   python microbert.py predict runs/MRPC --task MRPC --split test --out predictions/MRPC.tsv""",
     ),
 }
-
-
+_TOP_FLAGS = ("-h", "--help", "--version")
 _ARGUMENTS = {"evaluate": "CHECKPOINT ", "predict": "CHECKPOINT [TEXT [PAIR]] "}
 
 
@@ -2346,17 +2352,19 @@ def add_option(group: Any, command: str, name: str, default: Any, text: str) -> 
     if command == "finetune" and name.startswith("teacher_"):
         flags.append(flags[0].replace("teacher-", ""))  # its only training: --epochs, --lr
     default = "" if (command, name) == ("predict", "task") else default
-    text = (text + ("" if default in ("", ()) else f" [{default}]")).replace("%", "%%")
+    shown = "" if default in ("", ()) or default is False else f" [{default}]"
+    text = (text + shown).replace("%", "%%")
     if name in ("checkpoint", "text"):
         optional = {"nargs": "*", "default": ()} if name == "text" else {}
         group.add_argument(name, help=text, **optional)
     elif default is False:
-        group.add_argument(*flags, help=text.replace(" [False]", ""), action="store_true")
+        group.add_argument(*flags, help=text, action="store_true")
     elif default is True:
         group.add_argument(*flags, default=True, help=text, action=argparse.BooleanOptionalAction)
     else:
-        shown = {int: "N", float: "X", str: "WORD"}[type(default)]
-        group.add_argument(*flags, default=default, help=text, type=type(default), metavar=shown)
+        kind = type(default)
+        word = {int: "N", float: "X", str: "WORD"}[kind]
+        group.add_argument(*flags, default=default, help=text, type=kind, metavar=word)
 
 
 def parse(arguments: list[str]) -> dict[str, Any]:
@@ -2376,9 +2384,6 @@ def parse(arguments: list[str]) -> dict[str, Any]:
             f"{chosen.command} has no '{unknown[0]}'{hint or '; its --help shows what it has'}"
         )
     return vars(chosen)
-
-
-_TOP_FLAGS = ("-h", "--help", "--version")
 
 
 def join_processes(config: DistillConfig) -> DistillConfig:
@@ -2422,10 +2427,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error{where}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        found = [
-            Path(chosen.get("out") or "out") / name for name in ("resume.ckpt", "resume.ckpt.old")
-        ]
-        found = [path for path in found if path.exists() and not chosen.get("checkpoint")]
+        out = Path(chosen.get("out") or "out")
+        names = () if chosen.get("checkpoint") else ("resume.ckpt", "resume.ckpt.old")
+        found = [out / name for name in names if (out / name).exists()]
         how = f"; the same command continues from {found[0]}" if found else ""
         print(f"interrupted{how}", file=sys.stderr)
         return 130

@@ -208,15 +208,22 @@ def sorted_batches(lengths: np.ndarray, max_tokens: int = 2048) -> Iterator[np.n
 
 
 def transfer_texts(
-    own: Texts, others: Sequence[Texts], held_out: Iterable[str], count: int, seed: int
+    own: Texts,
+    others: Sequence[Texts],
+    held_out: Iterable[str],
+    count: int,
+    seed: int,
+    given: Texts = (),
 ) -> tuple[list[Any], int]:
     """Up to count unlabelled texts in the form of the task's own, and how many were left out.
 
     own: the task's training texts, sentences or pairs; others: such texts from elsewhere, source
     by source; held_out: sentences of the task's dev and test splits: no text with one of them,
-    alone or in a pair, is returned (compared without case, space and punctuation).
+    alone or in a pair, is returned (compared without case, space and punctuation); given: texts
+    to take first, of whatever length.
     Half is others' text, the sources in turn, as long as the task's own (5th to 95th percentile of
-    the word counts); half is the task's own, perturbed; where others is short, own fills up.
+    the word counts), less what is given; half is the task's own, perturbed; where others is short,
+    own fills up.
     """
     rng = random.Random(seed)
     banned = {_plain(text) for text in held_out}
@@ -225,7 +232,10 @@ def transfer_texts(
     sentences = [text for text in foreign if isinstance(text, str)]
     kept: dict[Any, None] = {}
     left_out = 0
-    rounds = [(foreign, count // 2)] + [(own, count)] * (1 + count // max(1, len(own)))
+    first = list(dict.fromkeys(given if pairs else sentences_of(given)))
+    alone = [text for text in first if isinstance(text, str)]  # a pair needs another
+    rounds: list[tuple[Texts, int]] = [(first, count), (foreign, count // 2)]
+    rounds += [(own, count)] * (1 + count // max(1, len(own)))
     for source, limit in rounds:
         for text in source if source is foreign else rng.sample(source, len(source)):
             if len(kept) >= limit:
@@ -233,7 +243,7 @@ def transfer_texts(
             if source is own:
                 text = _perturb_pair(text, own, rng) if pairs else _drop_words(text, rng)
             elif pairs and isinstance(text, str):
-                text = _pair_up(text, sentences, rng)
+                text = _pair_up(text, alone if source is first else sentences, rng)
             if any(_plain(s) in banned for s in sentences_of([text])):
                 left_out += 1
             else:

@@ -30,6 +30,7 @@ import platform
 import re
 import shlex
 import shutil
+import statistics
 import struct
 import sys
 import time
@@ -57,9 +58,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Bert", "BertConfig", "BertOutput", "Discriminator", "DistillConfig", "Distillation",
-    "FeatureMapping", "Log", "SentenceExperts", "TeacherCache", "adversarial_loss",
+    "FeatureMapping", "Log", "SentenceExperts", "TeacherCache", "ablate", "adversarial_loss",
     "alignment_loss", "discriminator_loss", "distill", "download_bert", "evaluate",
-    "finetune", "fit_experts", "hard_loss", "layer_map", "load_bert", "make_experts",
+    "finetune", "fit_experts", "hard_loss", "kept_layers", "layer_map", "load_bert", "make_experts",
     "model_outputs", "predict_logits", "prune", "save_bert", "sentence_features",
     "soft_loss", "teacher_pass", "train",
 ]  # fmt: skip
@@ -195,9 +196,11 @@ class DistillConfig:
     force: bool = opt(False, "distil even a teacher that is no better than the majority label")
 
     layers: int = opt(
-        0, "encoder layers it keeps, evenly spaced; 0 is half the teacher's", group="the student"
+        0,
+        "encoder layers it keeps, the lowest ones and the last; 0 is half the teacher's",
+        group="the student",
     )
-    keep_layers: str = opt("", "or the layers themselves, counted from 1: 1,3,5")
+    keep_layers: str = opt("", "or the layers themselves, counted from 1: 2,4,6")
     baseline: bool = opt(
         True, "fine-tune it on labels alone too, passes as the teacher's, for the closing table"
     )
@@ -214,13 +217,19 @@ class DistillConfig:
     expert_size: int = opt(128, "width P of an expert's projection")
     routing: str = opt("task", "'task': one gate per layer; 'sentence': a gate for each sentence")
     balance_weight: float = opt(0.01, "weight of the importance loss that keeps every expert used")
-    transfer: float = opt(-1.0, "transfer texts per training example; -1 chooses, 0 is none")
+    transfer: str = opt(
+        "", "file of unlabelled texts to distil on too, one a line, a tab between the two of a pair"
+    )
+    transfer_ratio: float = opt(
+        -1.0, "transfer texts, of every source, per training example; -1 chooses, 0 is none"
+    )
+    dropout: float = opt(0.0, "dropout of the student while it is trained")
 
     epochs: int = opt(
         0, "passes over training and transfer text; 0 chooses by their size", group="training"
     )
     teacher_epochs: int = opt(0, "passes of the teacher's fine-tuning; 0 chooses by size")
-    lr: float = opt(0.0, "the student's peak learning rate; 0 is 1e-4, or 1e-3 for toy")
+    lr: float = opt(0.0, "the student's peak learning rate; 0 is 3e-4, or 1e-3 for toy")
     teacher_lr: float = opt(0.0, "the teacher's peak learning rate; 0 is 5e-5, or 1e-3 for toy")
     batch_size: int = opt(32, "texts per step")
     warmup: float = opt(0.1, "share of the steps in which the learning rate rises")
@@ -236,6 +245,13 @@ class DistillConfig:
     )
     log_every: int = opt(50, "steps between two lines of the log")
     save_every: int = opt(500, "steps between two checkpoints, from which a killed run continues")
+    seeds: str = opt(
+        "0,1,2", "seeds of teacher and students; {seed} in --teacher is each", group="the ablation"
+    )
+    rows: str = opt(
+        "full,no-moe,no-fal,no-gan,no-soft,no-transfer,soft-only,soft-only+no-transfer,labels-only",
+        "students to compare; a row is names and option=value joined by '+': layers=1+no-gan",
+    )
     checkpoint: str = opt(
         "",
         "a checkpoint: its folder, the --out of a run (its student), or its name on the Hub",
@@ -385,16 +401,29 @@ class Bert(nn.Module):
 # --- pruning -------------------------------------------------------------------------------------
 
 
-def layer_map(teacher_layers: int, student_layers: int) -> tuple[int, ...]:
-    """t(m) = ceil(m L / M), m = 1..M: evenly spaced teacher layers, the last always kept.
+def kept_layers(teacher_layers: int, student_layers: int) -> tuple[int, ...]:
+    """The teacher's layers that M student layers start as: its lowest M - 1 and its last, OURS(1).
 
-    OURS(1). Raises ValueError unless 1 <= M <= L.
+    Raises ValueError unless 1 <= M <= L.
     """
-    if not 1 <= student_layers <= teacher_layers:
-        raise ValueError(f"{student_layers} student layers of a teacher with {teacher_layers}")
+    _refuse_depth(teacher_layers, student_layers)
+    return (*range(1, student_layers), teacher_layers)
+
+
+def layer_map(teacher_layers: int, student_layers: int) -> tuple[int, ...]:
+    """t(m) = ceil(m L / M), m = 1..M: the teacher's layer whose features student layer m learns.
+
+    Evenly spaced up to the last, OURS(12). Raises ValueError unless 1 <= M <= L.
+    """
+    _refuse_depth(teacher_layers, student_layers)
     return tuple(
         math.ceil(m * teacher_layers / student_layers) for m in range(1, student_layers + 1)
     )
+
+
+def _refuse_depth(teacher_layers: int, student_layers: int) -> None:
+    if not 1 <= student_layers <= teacher_layers:
+        raise ValueError(f"{student_layers} student layers of a teacher with {teacher_layers}")
 
 
 def prune(teacher: Bert, keep: Sequence[int]) -> Bert:
@@ -1073,6 +1102,29 @@ def eta(left: float, rate: float) -> str:
 # --- continuing a killed run ---------------------------------------------------------------------
 
 
+def flags_that_matter(config: DistillConfig, train_set: "glue.Examples") -> dict[str, Any]:
+    """What a run that continues must have been given before, by name; the rest moves no weight."""
+    free = {"out", "overwrite", "force", "baseline", "log_every", "save_every", "checkpoint"}
+    free |= {*_ANSWER, *_ABLATION}
+    text = repr([train_set.texts, train_set.gold.tolist()]).encode("utf-8", "backslashreplace")
+    flags = {name: value for name, value in asdict(config).items() if name not in free}
+    if config.transfer:
+        flags["crc of --transfer"] = zlib.crc32(Path(config.transfer).read_bytes())
+    return flags | {"crc of train.tsv": zlib.crc32(text), "processes": process()[1]}
+
+
+def same_flags(before: dict[str, Any], now: dict[str, Any], out: Path, overwrite: bool) -> bool:
+    """Whether they agree. Raises ValueError naming what differs, unless it is to be overwritten."""
+    differing = [name for name in now if now[name] != before.get(name)]
+    if differing and not overwrite:
+        shown = [f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in differing]
+        raise ValueError(
+            f"{out} holds an unfinished run of other flags: {', '.join(shown)}; give it the "
+            "same again, or --overwrite to give it up"
+        )
+    return not differing
+
+
 class Resume:
     """resume.ckpt in --out: all that the same command needs to end as if it had not been killed.
 
@@ -1091,27 +1143,15 @@ class Resume:
         if self.results.exists() and not config.overwrite:
             self.done()  # a kill may have come between
             raise ValueError(f"{out} holds a finished run (results.json); --overwrite replaces it")
-        # what changes no weight may differ
-        free = {"out", "overwrite", "force", "baseline", "log_every", "save_every", "checkpoint"}
-        free |= {*_ANSWER}
-        self.flags = {name: v for name, v in asdict(config).items() if name not in free}
-        text = repr([train_set.texts, train_set.gold.tolist()]).encode("utf-8", "backslashreplace")
-        self.flags |= {"crc of train.tsv": zlib.crc32(text), "processes": process()[1]}
+        self.flags = flags_that_matter(config, train_set)
         found = [self._find() if not (self.results.exists() or process()[0]) else ({}, b"")]
         if dist.is_initialized():  # --out may be on the first one's disk alone
             dist.broadcast_object_list(found)
         self.header, self.body = found[0]
         self.saved = bool(self.header)
         before = self.header.get("flags", self.flags)
-        differing = [name for name in self.flags if self.flags[name] != before.get(name)]
-        if differing and config.overwrite:
+        if not same_flags(before, self.flags, out, config.overwrite):
             self.header = {}
-        elif differing:
-            shown = [f"{k} was {before.get(k)!r}, is {self.flags[k]!r}" for k in differing]
-            raise ValueError(
-                f"{out} holds an unfinished run of other flags: {', '.join(shown)}; give it the "
-                "same again, or --overwrite to give it up"
-            )
         log.seconds = self.header.get("seconds", {})
 
     @property
@@ -1548,7 +1588,7 @@ def naming(path: Path) -> Iterator[None]:
 
 def settle(config: DistillConfig) -> DistillConfig:
     """The config without its zeros that mean 'automatic', or ValueError for what cannot be."""
-    lr, teacher_lr = (1e-3, 1e-3) if config.task == "toy" else (1e-4, 5e-5)
+    lr, teacher_lr = (1e-3, 1e-3) if config.task == "toy" else (3e-4, 5e-5)
     config = replace(config, lr=config.lr or lr, teacher_lr=config.teacher_lr or teacher_lr)
     if config.precision == "auto":
         trains = not config.checkpoint  # to evaluate and to predict, fp32
@@ -1562,6 +1602,7 @@ def settle(config: DistillConfig) -> DistillConfig:
         ("temperature", config.temperature > 0, "more than 0"),
         ("soft_weight", 0 <= config.soft_weight <= 1, "0 to 1"),
         ("warmup", 0 <= config.warmup < 1, "0 to below 1"),
+        ("dropout", 0 <= config.dropout < 1, "0 to below 1"),
         ("batch_size", config.batch_size > 0, "at least 1"),
         ("log_every", config.log_every > 0, "at least 1"),
         ("save_every", config.save_every > 0, "at least 1"),
@@ -1578,6 +1619,11 @@ def settle(config: DistillConfig) -> DistillConfig:
         raise ValueError(
             "--bert and --teacher exclude each other: one starts a teacher, one is one"
         )
+    if config.transfer and not Path(config.transfer).is_file():
+        hint = ""
+        if re.fullmatch(r"-?[\d.]+", config.transfer):
+            hint = f"; the amount is --transfer-ratio {config.transfer}"
+        raise FileNotFoundError(f"--transfer {config.transfer}: no such file{hint}")
     resolve_device(config.device)
     return config
 
@@ -1696,12 +1742,35 @@ def load_fitting_tokenizer(folder: Path, model: Bert, config: DistillConfig) -> 
     return tokenizer
 
 
-def need_bert(config: DistillConfig, task: "glue.Task") -> None:
-    """Raises ValueError for a real task without a BERT to start from."""
+class Run(NamedTuple):
+    """A run of a command: what was asked for, what it works on, where it writes."""
+
+    config: DistillConfig  # settled
+    students: Sequence[DistillConfig]  # what is asked of each
+    task: "glue.Task"
+    train_set: "glue.Examples"
+    dev: "glue.Examples"
+    out: Path
+    log: Log
+    resume: Resume
+    results: dict[str, Any]  # of results.json, as they come
+
+
+def start_run(config: DistillConfig, students: Sequence[DistillConfig] = ()) -> Run:
+    """Reads what the run works on. Raises ValueError for a real task without a BERT.
+
+    students: what is asked of each student to come; none: of one, the same as of the run.
+    """
+    config = settle(config)
+    out, task = Path(config.out or "out"), find_task(config)
     if task.name != "toy" and not (config.bert or config.teacher):
         raise ValueError(
             f"task {task.name} needs --bert, a pre-trained BERT to fine-tune, or --teacher"
         )
+    train_set, dev = load_split(config, task, "train"), load_split(config, task, "dev")
+    log = Log(out / "log.jsonl")
+    resume = Resume(out, config, train_set, log)
+    return Run(config, students or [config], task, train_set, dev, out, log, resume, {})
 
 
 def starting_bert(config: DistillConfig, task: "glue.Task", out: Path) -> tuple[Bert, Path]:
@@ -1828,9 +1897,13 @@ def gather_transfer(
     import data
     import glue
 
-    if not config.transfer:
+    if not config.transfer_ratio:
         return []
-    others, held_out = [], []
+    others, held_out, given = [], [], []
+    for where, text in read_lines(Path(config.transfer)) if config.transfer else ():
+        if isinstance(text, ValueError):
+            raise ValueError(f"{where}: {text}")
+        given.append(text)
     for name in task.splits:
         if name != "train":
             try:
@@ -1845,10 +1918,15 @@ def gather_transfer(
     chosen = min(4 * len(train_texts), max(0, 100_000 - len(train_texts)))
     if task.name == "toy":
         chosen = len(train_texts)
-    count = chosen if config.transfer < 0 else round(config.transfer * len(train_texts))
-    texts, left_out = data.transfer_texts(train_texts, others, held_out, count, config.seed)
+    ratio = config.transfer_ratio
+    count = chosen if ratio < 0 else round(ratio * len(train_texts))
+    texts, left_out = data.transfer_texts(
+        train_texts, others, held_out, count, config.seed, given=given
+    )
+    used = f", {min(len(given), count):,} of {config.transfer}'s {len(given):,}" if given else ""
     print(
-        f"transfer text: {len(texts)} unlabelled, {left_out} left out for occurring in dev or test"
+        f"transfer text: {len(texts)} unlabelled{used}, "
+        f"{left_out} left out for occurring in dev or test"
     )
     return texts
 
@@ -1856,24 +1934,22 @@ def gather_transfer(
 def keep_layers(config: DistillConfig, teacher_layers: int) -> tuple[int, ...]:
     """The teacher's layers that the student keeps, from 1."""
     if not config.keep_layers:
-        return layer_map(teacher_layers, config.layers or max(1, teacher_layers // 2))
+        return kept_layers(teacher_layers, config.layers or max(1, teacher_layers // 2))
     try:
         keep = tuple(int(number) for number in config.keep_layers.split(","))
     except ValueError:
-        raise ValueError(f"--keep-layers is '{config.keep_layers}', expected e.g. 1,3,5") from None
+        raise ValueError(f"--keep-layers is '{config.keep_layers}', expected e.g. 2,4,6") from None
     if list(keep) != sorted(set(keep)) or keep[0] < 1 or keep[-1] > teacher_layers:
         raise ValueError(f"--keep-layers is {keep}, expected rising numbers, 1 to {teacher_layers}")
     return keep
 
 
-def make_teacher(
-    config: DistillConfig,
-    task: "glue.Task",
-    train_set: "glue.Examples",
-    out: Path,
-    log: Log,
-    resume: Resume,
-) -> tuple[Bert, "Tokenizer", "data.Encoded", Tensor]:
+def aligned_layers(config: DistillConfig, teacher_layers: int) -> tuple[int, ...]:
+    """The teacher's layers that the student's are aligned with, one for one."""
+    return layer_map(teacher_layers, len(keep_layers(config, teacher_layers)))
+
+
+def make_teacher(run: Run) -> tuple[Bert, "Tokenizer", "data.Encoded", Tensor]:
     """The teacher, saved in out/teacher, its tokenizer, the encoded training set and its labels.
 
     The labels of a score are in its `score_unit`; the teacher speaks in the scores themselves.
@@ -1882,15 +1958,17 @@ def make_teacher(
     """
     import data
 
-    if resume.phase in ("student", "baseline"):  # the teacher was finished
-        config = replace(config, teacher=str(out / "teacher"))
-    teacher, folder = starting_bert(config, task, out)
-    keep_layers(config, teacher.config.num_hidden_layers)
+    config, task, train_set = run.config, run.task, run.train_set
+    if run.resume.phase not in ("", "teacher"):  # the teacher was finished
+        config = replace(config, teacher=str(run.out / "teacher"))
+    teacher, folder = starting_bert(config, task, run.out)
+    for student in run.students:
+        keep_layers(student, teacher.config.num_hidden_layers)
     tokenizer = load_fitting_tokenizer(folder, teacher, config)
     encoded = data.encode(tokenizer, train_set.texts)
     center, spread = score_unit(task, train_set.gold)
     labels = torch.tensor((train_set.gold - center) / spread).float()  # (n,)
-    resume.begin(log)
+    run.resume.begin(run.log)
     for row in range(min(2, len(encoded))):
         ids = encoded.ids[encoded.offsets[row] : encoded.offsets[row + 1]]
         tokens = " ".join(tokenizer.id_to_token(int(i)) or "?" for i in ids)
@@ -1906,11 +1984,11 @@ def make_teacher(
 
         epochs = fine_tuning_epochs(config, task, len(encoded))
         train(
-            teacher, encoded, objective, config, log,
-            epochs=epochs, lr=config.teacher_lr, resume=resume,
+            teacher, encoded, objective, config, run.log,
+            epochs=epochs, lr=config.teacher_lr, resume=run.resume,
         )  # fmt: skip
         rescale(teacher, spread, center)
-    save_bert(teacher, out / "teacher", tokenizer_from=folder)
+    save_bert(teacher, run.out / "teacher", tokenizer_from=folder)
     return teacher, tokenizer, encoded, labels
 
 
@@ -1919,34 +1997,19 @@ def finetune(config: DistillConfig) -> dict[str, Any]:
 
     Returns what results.json holds of scores.
     """
-    config = settle(config)
-    out, task = Path(config.out or "out"), find_task(config)
-    need_bert(config, task)
-    train_set, _ = load_split(config, task, "train"), load_split(config, task, "dev")
-    log = Log(out / "log.jsonl")
-    resume = Resume(out, config, train_set, log)
-    with log.timed("teacher", f"fine-tunes a BERT on the {len(train_set.texts):,} training texts"):
-        teacher, tokenizer, _, _ = make_teacher(config, task, train_set, out, log, resume)
-        scores = score_model(teacher, tokenizer, task, config, log)
-    results = {"teacher": scores}
-    write_results(out, config, task, log, results)
-    resume.done()
+    run = start_run(config)
+    config, out, texts = run.config, run.out, run.train_set.texts
+    with run.log.timed("teacher", f"fine-tunes a BERT on the {len(texts):,} training texts"):
+        teacher, tokenizer, _, _ = make_teacher(run)
+        run.results["teacher"] = score_model(teacher, tokenizer, run.task, config, run.log)
+    write_results(run)
+    run.resume.done()
     command = ["--task", config.task, *["--regression"] * config.regression]
-    command += [] if task.folder or task.name == "toy" else ["--data-dir", config.data_dir]
+    in_glue = not run.task.folder and run.task.name != "toy"
+    command += ["--data-dir", config.data_dir] if in_glue else []
     command += ["--teacher", str(out), "--out", f"{out}-student"]
     print(f"\nsaved {out / 'teacher'}\nnext: python microbert.py {shlex.join(command)}")
-    return results
-
-
-class Prepared(NamedTuple):
-    """What every student of a teacher starts from."""
-
-    encoded: "data.Encoded"  # the training texts, then the transfer texts
-    cache: TeacherCache  # of the same texts
-    experts: SentenceExperts | None
-    pruned: Bert  # the teacher without the layers that the student lacks
-    tokenizer: "Tokenizer"
-    unit: tuple[float, float]  # mean and standard deviation of the training scores
+    return run.results
 
 
 def distill(config: DistillConfig) -> dict[str, Any]:
@@ -1957,111 +2020,149 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     """
     import data
 
-    config = settle(config)
-    out, task = Path(config.out or "out"), find_task(config)
-    need_bert(config, task)
-    train_set, dev = load_split(config, task, "train"), load_split(config, task, "dev")
-    log = Log(out / "log.jsonl")
-    results: dict[str, Any] = {}
-    resume = Resume(out, config, train_set, log)
-    count = len(train_set.texts)
-    print(f"MicroBERT on {task.name}: {count:,} training texts, {len(dev.texts):,} of dev")
-    cache_file = out / f"cache{os.environ.get('GROUP_RANK', '')}.f16"  # one to a machine
-    ready = prepare(config, task, train_set, dev, out, log, resume, results, cache_file)
+    run = start_run(config)
+    config, task, out, log, results = run.config, run.task, run.out, run.log, run.results
+    count = len(run.train_set.texts)
+    print(f"MicroBERT on {task.name}: {count:,} training texts, {len(run.dev.texts):,} of dev")
+    teacher, ready = prepare(run)
+    experts = None
+    if needs_experts(config):
+        with log.timed("experts", "fits experts and gate to the task on the teacher's features"):
+            experts = make_experts(ready.cache, config)
+    keep = keep_layers(config, teacher.config.num_hidden_layers)
+    with log.timed("pruned", f"the teacher's layers {', '.join(map(str, keep))}, as they are"):
+        pruned = prune(teacher.cpu(), keep)
+        del teacher  # its memory is the student's now
+        results["pruned"] = score_model(pruned, ready.tokenizer, task, config, log)
 
-    texts, budget = ready.encoded, 20_000 if task.name == "toy" else 100_000
-    with log.timed("student", f"the same, distilled from the teacher on {len(texts):,} texts"):
-        if resume.phase == "baseline":  # the student was finished
+    with log.timed("student", f"the same, distilled on {len(ready.encoded):,} texts"):
+        if run.resume.phase == "baseline":  # the student was finished
             student = load_bert(out / "student")
         else:
-            epochs = config.epochs or auto_epochs(len(texts), budget, config.batch_size)
-            student = make_student(config, ready, texts, epochs, log, resume)
+            student = make_student(run, ready, pruned, experts)
         results["student"] = score_model(student, ready.tokenizer, task, config, log)
     save_bert(student, out / "student", tokenizer_from=out / "teacher")
 
     if config.baseline:
         with log.timed("baseline", "the same, fine-tuned on the labels alone, for comparison"):
-            labels_alone = replace(config, fal=False, gan=False, soft=False)
-            texts, epochs = ready.encoded.first(count), fine_tuning_epochs(config, task, count)
-            baseline = make_student(labels_alone, ready, texts, epochs, log, resume)
+            labels_alone = replace(config, **row_options("labels-only"))
+            baseline = make_student(run._replace(config=labels_alone), ready, pruned, None)
             results["baseline"] = score_model(baseline, ready.tokenizer, task, config, log)
 
-    sample = data.encode(ready.tokenizer, dev.texts[:128])
-    finish(out, config, task, log, results, student, sample)
-    example = min(dev.texts, key=lambda text: len(str(text)))
+    sample = data.encode(ready.tokenizer, run.dev.texts[:128])
+    finish(run, student, sample)
+    example = min(run.dev.texts, key=lambda text: len(str(text)))
     command = ["predict", str(out), *([example] if isinstance(example, str) else example)]
     print(f"next: python microbert.py {shlex.join(command)}")
-    with suppress(OSError):  # a system that keeps mapped files keeps this one
-        cache_file.unlink()
-    resume.done()
+    remove_cache(run)
+    run.resume.done()
     return results
 
 
-def prepare(
-    config: DistillConfig, task: "glue.Task", train_set: "glue.Examples", dev: "glue.Examples",
-    out: Path, log: Log, resume: Resume, results: dict[str, Any], cache_file: Path,
-) -> Prepared:  # fmt: skip
-    """Teacher, its one pass over all texts, experts and the pruned student; scores of both."""
+class Prepared(NamedTuple):
+    """What every student of a teacher starts from, besides the pruned BERT."""
+
+    encoded: "data.Encoded"  # the training texts, then the transfer texts
+    labelled: int  # the number of training texts
+    cache: TeacherCache  # of all texts
+    layers: tuple[int, ...]  # of the teacher, those with features in the cache
+    tokenizer: "Tokenizer"
+    unit: tuple[float, float]  # mean and standard deviation of the training scores
+
+    def only(self, layers: tuple[int, ...]) -> "Prepared":
+        """The same with these layers alone in the cache, in memory if that leaves any out."""
+        if layers == self.layers:
+            return self
+        columns = [self.layers.index(layer) for layer in layers]
+        cache = self.cache._replace(features=self.cache.features[:, columns])
+        return self._replace(cache=cache, layers=layers)
+
+
+def cache_path(run: Run) -> Path:
+    """The file of the teacher's features, one to a machine."""
+    return run.out / f"cache{os.environ.get('GROUP_RANK', '')}.f16"
+
+
+def remove_cache(run: Run) -> None:
+    """Deletes it."""
+    with suppress(OSError):  # a system that keeps mapped files keeps this one
+        cache_path(run).unlink()
+
+
+def prepare(run: Run) -> tuple[Bert, Prepared]:
+    """The teacher, speaking in `score_unit`s, and its one pass over all texts."""
     import data
 
-    transfer = gather_transfer(config, task, train_set.texts)
-    count = len(train_set.texts)
+    config, task, log = run.config, run.task, run.log
+    transfer = gather_transfer(config, task, run.train_set.texts)
+    count = len(run.train_set.texts)
     what = "as it was given" if config.teacher else f"fine-tunes a BERT on the {count:,} texts"
     with log.timed("teacher", what):
-        teacher, tokenizer, encoded, labels = make_teacher(
-            config, task, train_set, out, log, resume
-        )
-        results["teacher"] = score_model(teacher, tokenizer, task, config, log)
-    refuse_majority(task, dev, results["teacher"]["score"], config.force)
+        teacher, tokenizer, encoded, labels = make_teacher(run)
+        run.results["teacher"] = score_model(teacher, tokenizer, task, config, log)
+    refuse_majority(task, run.dev, run.results["teacher"]["score"], config.force)
     with log.timed("cache", "runs the teacher once and keeps its logits and sentence features"):
-        keep = keep_layers(config, teacher.config.num_hidden_layers)
+        depth = teacher.config.num_hidden_layers
+        layers = tuple(sorted({n for s in run.students for n in aligned_layers(s, depth)}))
         encoded = data.concatenate(encoded, data.encode(tokenizer, transfer))
         labels = torch.cat([labels, torch.full((len(transfer),), torch.nan)])
-        center, spread = score_unit(task, train_set.gold)
+        center, spread = score_unit(task, run.train_set.gold)
         rescale(teacher, 1 / spread, -center / spread)
-        cache = teacher_pass(teacher, encoded, labels, keep, config, cache_file, log)
-    experts = None
-    if config.moe and (config.fal or config.gan):
-        with log.timed("experts", "fits experts and gate to the task on the teacher's features"):
-            experts = make_experts(cache, config)
-    with log.timed("pruned", f"the teacher's layers {', '.join(map(str, keep))}, as they are"):
-        pruned = prune(teacher.cpu(), keep)
-        results["pruned"] = score_model(pruned, tokenizer, task, config, log)
-    return Prepared(encoded, cache, experts, pruned, tokenizer, (center, spread))
+        cache = teacher_pass(teacher, encoded, labels, layers, config, cache_path(run), log)
+    return teacher, Prepared(encoded, count, cache, layers, tokenizer, (center, spread))
 
 
-def make_student(
-    config: DistillConfig, ready: Prepared, encoded: "data.Encoded", epochs: int, log: Log,
-    resume: Resume,
-) -> Bert:  # fmt: skip
-    """A copy of the pruned BERT, trained on these texts, the first ones of the cache."""
-    student = copy.deepcopy(ready.pruned)
-    objective = Distillation(ready.cache, ready.experts if config.moe else None, config)
-    train(student, encoded, objective, config, log, epochs=epochs, lr=config.lr, resume=resume)
+def needs_experts(config: DistillConfig) -> bool:
+    """Whether a part that is switched on looks through the experts."""
+    return config.moe and (config.fal or config.gan)
+
+
+def texts_and_passes(run: Run, ready: Prepared) -> tuple["data.Encoded", int]:
+    """What a student is trained on and how often; without the teacher, on the labelled texts."""
+    config, texts = run.config, ready.encoded
+    distils, toy = config.soft or config.fal or config.gan, run.task.name == "toy"
+    if not (config.transfer_ratio and distils):
+        texts = texts.first(ready.labelled)
+    if config.epochs:
+        return texts, config.epochs
+    if not distils:
+        return texts, fine_tuning_epochs(config, run.task, len(texts))
+    return texts, auto_epochs(len(texts), 20_000 if toy else 100_000, config.batch_size)
+
+
+def make_student(run: Run, ready: Prepared, pruned: Bert, experts: SentenceExperts | None) -> Bert:
+    """A copy of the pruned BERT, trained."""
+    config, student = run.config, copy.deepcopy(pruned)
+    texts, epochs = texts_and_passes(run, ready)
+    set_dropout(student, config.dropout)
+    objective = Distillation(ready.cache, experts, config)
+    train(
+        student, texts, objective, config, run.log, epochs=epochs, lr=config.lr, resume=run.resume
+    )
     center, spread = ready.unit
     rescale(student, spread, center)
     return student
 
 
-def finish(
-    out: Path,
-    config: DistillConfig,
-    task: "glue.Task",
-    log: Log,
-    results: dict[str, Any],
-    student: Bert,
-    sample: "data.Encoded",
-) -> None:
+def set_dropout(model: Bert, rate: float) -> None:
+    """Another dropout for the training to come; the checkpoint's config keeps the teacher's."""
+    model.head_dropout = rate
+    for layer in model.layers:
+        assert isinstance(layer, BertLayer)
+        layer.attention_dropout = layer.hidden_dropout = rate
+
+
+def finish(run: Run, student: Bert, sample: "data.Encoded") -> None:
     """Sizes and speeds of teacher and student, results.json and the closing table."""
     if dist.is_initialized():
         dist.barrier()  # the first one has written the student
-    speeds = examples_per_second([load_bert(out / "teacher"), student], sample, config)
-    results["examples_per_second"] = dict(zip(("teacher", "student"), speeds))
-    for name in results.keys() - {"examples_per_second"}:
-        file = out / ("teacher" if name == "teacher" else "student") / "model.safetensors"
-        results[name]["megabytes"] = round(file.stat().st_size / 1e6, 1)
-    write_results(out, config, task, log, results)
-    print_table(results)
+    speeds = examples_per_second([load_bert(run.out / "teacher"), student], sample, run.config)
+    run.results["examples_per_second"] = dict(zip(("teacher", "student"), speeds))
+    for name in run.results.keys() - {"examples_per_second"}:
+        file = run.out / ("teacher" if name == "teacher" else "student") / "model.safetensors"
+        run.results[name]["megabytes"] = round(file.stat().st_size / 1e6, 1)
+    write_results(run)
+    print_table(run.results)
 
 
 def examples_per_second(
@@ -2095,29 +2196,42 @@ def make_experts(cache: TeacherCache, config: DistillConfig) -> SentenceExperts:
     return experts
 
 
-def write_results(
-    out: Path, config: DistillConfig, task: "glue.Task", log: Log, results: dict[str, Any]
-) -> None:
-    """results.json: what was reached, how long it took and with what."""
+def versions() -> dict[str, str]:
+    """Of what a result was made with."""
     import numpy
     import tokenizers
 
-    versions = {"microbert": __version__, "python": platform.python_version()}
-    versions |= {m.__name__: str(m.__version__) for m in (torch, tokenizers, numpy)}
+    found = {"microbert": __version__, "python": platform.python_version()}
+    return found | {m.__name__: str(m.__version__) for m in (torch, tokenizers, numpy)}
+
+
+def metric_name(task: "glue.Task") -> str:
+    """What a score is, in words."""
+    metric = " and ".join(task.metrics)
+    return f"mean of {metric}" if len(task.metrics) > 1 else metric
+
+
+def write_results(run: Run) -> None:
+    """results.json: what was reached, how long it took and with what."""
+    results = run.results
     if "student" in results:
         teacher, student = results["teacher"]["score"], results["student"]["score"]
         results["retention"] = student / teacher if teacher else None
-    metric = " and ".join(task.metrics)
     results = {
-        "task": task.name,
-        "metric": f"mean of {metric}" if len(task.metrics) > 1 else metric,
-        "seed": config.seed,
+        "task": run.task.name,
+        "metric": metric_name(run.task),
+        "seed": run.config.seed,
         **results,
-        "seconds": {name: round(seconds, 2) for name, seconds in log.seconds.items()},
-        "config": {k: v for k, v in asdict(config).items() if k not in ("checkpoint", *_ANSWER)},
-        "versions": versions,
+        "seconds": {name: round(seconds, 2) for name, seconds in run.log.seconds.items()},
+        "config": _asked(run.config),
+        "versions": versions(),
     }
-    write_file(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    write_file(run.out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+
+
+def _asked(config: DistillConfig) -> dict[str, Any]:
+    """The options of distil, by name."""
+    return {name: value for name, value in asdict(config).items() if name not in _OF_OTHERS}
 
 
 def print_table(results: dict[str, Any]) -> None:
@@ -2134,6 +2248,177 @@ def print_table(results: dict[str, Any]) -> None:
                 f"{rate:12,.0f}{row['score']:11.2f}{share:>12}"
             )
     print()
+
+
+# --- the ablation --------------------------------------------------------------------------------
+
+# Rows of an ablation: what each switches off. Any option of a student can stand beside them.
+_ROWS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "no-moe": {"moe": False},
+    "no-fal": {"fal": False},
+    "no-gan": {"gan": False},
+    "no-soft": {"soft": False},
+    "no-transfer": {"transfer_ratio": 0.0},
+    "soft-only": {"moe": False, "fal": False, "gan": False},
+    "labels-only": {"moe": False, "fal": False, "gan": False, "soft": False, "epochs": 0},
+}
+_STUDENT = ("layers", "keep_layers", "moe", "fal", "gan", "soft", "temperature", "soft_weight",
+            "alignment_weight", "adversarial_weight", "expert_size", "routing", "balance_weight",
+            "dropout", "epochs", "lr", "batch_size", "warmup", "weight_decay", "clip")  # fmt: skip
+
+
+def row_options(row: str) -> dict[str, Any]:
+    """What a row of the ablation changes: names of _ROWS and option=value, joined by '+'.
+
+    Raises ValueError for a part that is neither.
+    """
+    kinds: dict[str, Any] = {f.name: f.type for f in fields(DistillConfig)}
+    options: dict[str, Any] = {}
+    for part in row.split("+"):
+        name, given, value = part.partition("=")
+        name = name.replace("-", "_") if given else name
+        if not given and name in _ROWS:
+            options |= _ROWS[name]
+        elif name in _STUDENT and value:
+            try:
+                kind = kinds[name]
+                options[name] = {"0": False, "1": True}[value] if kind is bool else kind(value)
+            except (KeyError, ValueError):
+                raise ValueError(f"--rows: {part} in {row}, expected a {kind.__name__}") from None
+        else:
+            raise ValueError(
+                f"--rows: no '{part}' ({', '.join(_ROWS)}, or option=value of a student's option, "
+                "such as layers=2)"
+            )
+    return options
+
+
+def ablate(config: DistillConfig) -> dict[str, Any]:
+    """Trains students with parts of the method switched off, over several seeds, and compares them.
+
+    A seed's rows share its teacher and the teacher's one pass. OUT/ablation.json is written after
+    every student; the same command continues from there, and with more --rows or --seeds it adds
+    them. Returns what that file holds.
+    """
+    *_, report = ablation_reports(config)
+    print_ablation(report)
+    return report
+
+
+def ablation_reports(config: DistillConfig) -> Iterator[dict[str, Any]]:
+    """What ablation.json holds: at first, and again whenever another student is finished."""
+    config = settle(config)
+    try:
+        seeds = [int(seed) for seed in config.seeds.split(",")]
+    except ValueError:
+        raise ValueError(f"--seeds is '{config.seeds}', expected e.g. 0,1,2") from None
+    names = re.split(r"[\s,]+(?=[a-z])", config.rows.strip(" ,"))  # keep_layers=2,4,6 is one
+    rows = {row: settle(replace(config, **row_options(row))) for row in names}
+    file = Path(config.out or "out") / "ablation.json"
+    report = load_ablation(file, config)
+    done = {(run["row"], run["seed"]) for run in report["runs"]}
+    if config.overwrite and {(row, seed) for row in rows for seed in seeds} <= done:
+        report["runs"], done = [], set()
+    yield report
+    for seed in seeds:
+        teacher = config.teacher.replace("{seed}", str(seed))
+        own = replace(config, seed=seed, teacher=teacher, out=str(file.parent / f"seed-{seed}"))
+        left = {r: replace(o, seed=seed) for r, o in rows.items() if (r, seed) not in done}
+        for result in train_rows(own, left, ("teacher", seed) in done) if left else ():
+            report["runs"].append(result)
+            report["table"] = summarize(report["runs"])
+            write_file(file, (json.dumps(report, indent=1) + "\n").encode())
+            yield report
+
+
+def load_ablation(file: Path, config: DistillConfig) -> dict[str, Any]:
+    """ablation.json, or a new one. Raises ValueError where it is damaged or of other flags."""
+    task = find_task(config)
+    flags = flags_that_matter(config, load_split(config, task, "train"))
+    del flags["seed"]
+    new = {"task": task.name, "metric": metric_name(task), "flags": flags, "versions": versions()}
+    new |= {"table": [], "runs": []}
+    if not file.exists():
+        return new
+    try:
+        report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        report["table"] = summarize(report["runs"])
+        same = same_flags(dict(report["flags"]), flags, file.parent, config.overwrite)
+    except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}: no ablation of ours ({error!r:.80}); remove it") from None
+    return report if same else new
+
+
+def train_rows(
+    config: DistillConfig, rows: dict[str, DistillConfig], taught: bool
+) -> Iterator[dict[str, Any]]:
+    """One seed's results: its teacher's, unless that was `taught` before, then the students'."""
+    import data
+
+    run = start_run(config, [*rows.values()])
+    if taught:
+        known = replace(run.config, bert="", teacher=str(run.out / "teacher"))
+        run = run._replace(config=known)
+    teacher, ready = prepare(run)
+    reached = run.results["teacher"]
+    if not taught:
+        yield {"row": "teacher", "seed": config.seed, **reached}
+    sample = data.encode(ready.tokenizer, run.dev.texts[:128])
+    for row, asked in rows.items():
+        own = run._replace(config=asked)
+        depth = teacher.config.num_hidden_layers
+        keep, mine = keep_layers(asked, depth), ready.only(aligned_layers(asked, depth))
+        with run.log.timed(row, f"a student of layers {', '.join(map(str, keep))}"):
+            experts = make_experts(mine.cache, asked) if needs_experts(asked) else None
+            student = make_student(own, mine, prune(teacher.cpu(), keep), experts)
+            scores = score_model(student, ready.tokenizer, run.task, asked, run.log)
+        texts, epochs = texts_and_passes(own, ready)
+        speeds = examples_per_second([teacher, student], sample, config)
+        yield {
+            "row": row, "seed": config.seed, **scores,
+            "retention": scores["score"] / reached["score"] if reached["score"] else None,
+            "speed_up": speeds[1] / speeds[0],
+            "updates": epochs * math.ceil(len(texts) / asked.batch_size),
+            "seconds": round(run.log.seconds[row], 1),
+        }  # fmt: skip
+    remove_cache(run)
+    run.resume.done()
+
+
+def summarize(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each row: n seeds, and mean and standard deviation (None for one seed) of what it got."""
+    table = []
+    for row in dict.fromkeys(run["row"] for run in runs):
+        own = [run for run in runs if run["row"] == row]
+        line: dict[str, Any] = {"row": row, "n": len(own)}
+        for name in ("score", "retention", "speed_up", "updates", "seconds"):
+            found = [run[name] for run in own if run.get(name) is not None]
+            if found:
+                line[name] = statistics.fmean(found)
+                line[f"{name}_sd"] = statistics.stdev(found) if len(found) > 1 else None
+        table.append(line)
+    return table
+
+
+def print_ablation(report: dict[str, Any]) -> None:
+    """The table of an ablation: mean +- standard deviation over the seeds."""
+
+    def spread(line: dict[str, Any], name: str, unit: float) -> str:
+        if name not in line:
+            return "-"
+        sd = line[f"{name}_sd"]
+        return f"{unit * line[name]:.2f}" + (f" +- {unit * sd:.2f}" if sd is not None else "")
+
+    width = max(len(line["row"]) for line in report["table"])
+    print(f"\n{report['task']} dev, {report['metric']}, mean +- sd over n seeds")
+    print(f"{'':{width}}   n           score    of teacher, %   speed-up  updates")
+    for line in report["table"]:
+        kept, speed = spread(line, "retention", 100), line.get("speed_up")
+        print(
+            f"{line['row']:{width}}{line['n']:4}{spread(line, 'score', 1):>16}{kept:>17}"
+            + (f"{speed:11.2f}{line['updates']:9,.0f}" if speed else f"{'-':>11}{'-':>9}")
+        )
 
 
 def load_trained(config: DistillConfig) -> tuple[Bert, "Tokenizer", "glue.Task"]:
@@ -2196,8 +2481,13 @@ def given_texts(config: DistillConfig) -> Iterator[tuple[str, Any]]:
         raise FileNotFoundError(f"{config.file}: no such file")
     if not config.file and sys.stdin.isatty():
         print("note: reads texts, one a line; Ctrl-D ends", file=sys.stderr)
-    where = config.file or "standard input"
-    with open(config.file, "rb") if config.file else nullcontext(sys.stdin.buffer) as file:
+    yield from read_lines(Path(config.file) if config.file else None)
+
+
+def read_lines(path: Path | None) -> Iterator[tuple[str, Any]]:
+    """Where each line stands, and the text, the pair or the ValueError that it is; None: stdin."""
+    where = path or "standard input"
+    with path.open("rb") if path else nullcontext(sys.stdin.buffer) as file:
         for number, raw in enumerate(file, 1):
             try:
                 cells = raw.decode().rstrip("\r\n").split("\t")
@@ -2271,13 +2561,15 @@ def predict_split(config: DistillConfig) -> None:
 _DATA = ("task", "data_dir")
 _RUN = ("max_length", "device", "precision")
 _ANSWER = ("split", "text", "file", "json")
+_ABLATION = ("seeds", "rows")
+_OF_OTHERS = ("checkpoint", *_ANSWER, *_ABLATION)  # no option of distil
 _TRAIN = ("bert", "out", "overwrite", "limit", "seed", "batch_size", "warmup", "weight_decay",
           "clip", "log_every", "save_every", "teacher_epochs", "teacher_lr")  # fmt: skip
 # Command -> what runs it, its options, examples of it.
 _COMMANDS: dict[str, tuple[Callable[[DistillConfig], Any], tuple[str, ...], str]] = {
     "distill": (
         distill,
-        tuple(f.name for f in fields(DistillConfig) if f.name not in ("checkpoint", *_ANSWER)),
+        tuple(f.name for f in fields(DistillConfig) if f.name not in _OF_OTHERS),
         """
   python microbert.py
   python microbert.py --task MRPC --bert google-bert/bert-base-uncased --out runs/MRPC
@@ -2288,6 +2580,17 @@ _COMMANDS: dict[str, tuple[Callable[[DistillConfig], Any], tuple[str, ...], str]
         _DATA + ("regression",) + _TRAIN + _RUN,
         """
   python microbert.py finetune --task RTE --bert google-bert/bert-base-uncased --out runs/RTE""",
+    ),
+    "ablate": (
+        ablate,
+        tuple(
+            f.name
+            for f in fields(DistillConfig)
+            if f.name not in {"checkpoint", "seed", "baseline", *_ANSWER}
+        ),
+        """
+  python microbert.py ablate --task MRPC --bert google-bert/bert-base-uncased --out runs/ablation
+  python microbert.py ablate --rows full,layers=1,layers=3,lr=1e-4+no-gan --seeds 0,1 --out toy""",
     ),
     "evaluate": (
         evaluate,
@@ -2428,8 +2731,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         out = Path(chosen.get("out") or "out")
-        names = () if chosen.get("checkpoint") else ("resume.ckpt", "resume.ckpt.old")
-        found = [out / name for name in names if (out / name).exists()]
+        places = () if chosen.get("checkpoint") else ("resume.ckpt*", "seed-*/resume.ckpt*")
+        found = [path for place in places for path in sorted(out.glob(place))]
         how = f"; the same command continues from {found[0]}" if found else ""
         print(f"interrupted{how}", file=sys.stderr)
         return 130

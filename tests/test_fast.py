@@ -263,7 +263,7 @@ def test_two_processes_follow_one(root, tmp_path):
             "--batch-size", "8", "--log-every", "1"]  # fmt: skip
     alone, two = tmp_path / "alone", tmp_path / "two"
     assert main(["finetune", *made, "--epochs", "2", "--out", str(alone / "t")]) == 0
-    made += ["--teacher", str(alone / "t"), "--epochs", "2", "--force", "--transfer", "1",
+    made += ["--teacher", str(alone / "t"), "--epochs", "2", "--force", "--transfer-ratio", "1",
              "--no-baseline"]  # fmt: skip
     assert main([*made, "--out", str(alone / "s")]) == 0
     ran = torchrun(root, "microbert.py", *made, "--out", two / "s")

@@ -19,6 +19,7 @@ import microbert
 from microbert import (
     Bert,
     BertConfig,
+    kept_layers,
     layer_map,
     load_bert,
     match_labels,
@@ -586,6 +587,15 @@ def test_layer_map():
     for student in (0, -1, 5):
         with pytest.raises(ValueError, match="of a teacher with 4"):
             layer_map(4, student)
+        with pytest.raises(ValueError, match="of a teacher with 4"):
+            kept_layers(4, student)
+
+
+def test_kept_layers():
+    """The lowest and the last. Catches an even spread, and a last layer that is lost or doubled."""
+    assert kept_layers(6, 3) == (1, 2, 6)
+    assert kept_layers(12, 1) == (12,)
+    assert kept_layers(4, 4) == (1, 2, 3, 4)
 
 
 def test_prune_keeps_the_right_tensors():

@@ -123,7 +123,7 @@ def test_commands_of_the_readme_run(root, readme, tmp_path, monkeypatch, capsys)
     commands = [shlex.split(line) for block in blocks[2:] if "mkdir" not in block
                 for line in block.splitlines()]  # fmt: skip
     quick = ["--epochs", "1", "--teacher-epochs", "1", "--force", "--device", "cpu",
-             "--precision", "fp32", "--transfer", "1"]  # fmt: skip
+             "--precision", "fp32", "--transfer-ratio", "1"]  # fmt: skip
     ran, outs = 0, set()
     for command in commands:
         if command[0] == "torchrun" or command[1] == "tests/bench.py":

@@ -164,7 +164,7 @@ def test_without_a_whole_checkpoint_it_starts_again(files, whole, monkeypatch, c
 
 @pytest.mark.parametrize(
     "more, named",
-    [(("--lr", "3e-4"), "lr was 0.0001, is 0.0003"), (("--seed", "1"), "seed was 0, is 1"),
+    [(("--lr", "1e-4"), "lr was 0.0003, is 0.0001"), (("--seed", "1"), "seed was 0, is 1"),
      (("--no-gan", "--expert-size", "8"), "gan was True, is False, expert_size was 128, is 8")],
 )  # fmt: skip
 def test_other_flags_are_refused(files, whole, monkeypatch, capsys, more, named):  # noqa: F811

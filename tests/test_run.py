@@ -23,7 +23,7 @@ from microbert import Bert, BertConfig, load_bert, main, save_bert
 
 WORDS = "a the cat dog bird fish sat ran ate saw on in mat tree not big small red old".split()
 QUICK = ["--epochs", "1", "--teacher-epochs", "1", "--batch-size", "8", "--device", "cpu",
-         "--transfer", "0.5", "--max-length", "24", "--no-baseline"]  # fmt: skip
+         "--transfer-ratio", "0.5", "--max-length", "24", "--no-baseline"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +136,7 @@ def test_a_run_leaves_what_the_contract_says(files, task, capsys):
     ratio = results["student"]["score"] / results["teacher"]["score"]
     assert results["retention"] == pytest.approx(ratio)
     assert {"teacher", "cache", "experts", "pruned", "student"} == set(results["seconds"])
-    assert results["config"]["layers"] == 2 and results["config"]["lr"] == 1e-4
+    assert results["config"]["layers"] == 2 and results["config"]["lr"] == 3e-4
     assert {"torch", "tokenizers", "numpy", "python", "microbert"} == set(results["versions"])
     events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     steps = [event for event in events if "loss" in event]
@@ -299,7 +299,7 @@ def test_same_seed_same_run(files):
 
 def test_limit_takes_the_first_examples(files, capsys):
     """Catches a limit that samples, or one that also cuts dev."""
-    assert distil(files, "SST-2", "--limit", "10", "--transfer", "0", "--log-every", "1") == 0
+    assert distil(files, "SST-2", "--limit", "10", "--transfer-ratio", "0", "--log-every", "1") == 0
     events = [json.loads(line) for line in (files / "out/log.jsonl").read_text().splitlines()]
     assert max(e["steps"] for e in events if "loss" in e) == 2
     assert {e["n"] for e in events if "n" in e} == {21}
@@ -310,7 +310,7 @@ def test_transfer_text_leaves_out_dev_and_test(files, capsys):
     dev = glue.read("SST-2", files, "dev").texts
     path = files / "RTE/train.tsv"
     path.write_text(path.read_text() + f"98\t{dev[0].upper()} !\ta cat\tentailment\n")
-    config = microbert.DistillConfig(data_dir=str(files), transfer=50.0)
+    config = microbert.DistillConfig(data_dir=str(files), transfer_ratio=50.0)
     train_texts = glue.read("SST-2", files, "train").texts
     texts = microbert.gather_transfer(config, glue.TASKS["SST-2"], train_texts)
     held = {
@@ -461,7 +461,7 @@ def test_own_data_takes_transfer_text_from_glue(files, capsys):
     path = files / "RTE/train.tsv"
     path.write_text(path.read_text().replace("not_entailment", "perhaps"))
     folder = own_data(files / "mine", ["a", "b"])
-    config = microbert.DistillConfig(task=str(folder), data_dir=str(files), transfer=2.0)
+    config = microbert.DistillConfig(task=str(folder), data_dir=str(files), transfer_ratio=2.0)
     task = microbert.find_task(config)
     texts = microbert.gather_transfer(config, task, glue.read(task, "", "train").texts)
     foreign = set(data.sentences_of(glue.read("RTE", files, "train", with_labels=False).texts))
@@ -592,7 +592,7 @@ def test_a_finished_run_is_kept(files, capsys):
         (["--layers", "5"], ["5 student layers", "4"]),
         (["--keep-layers", "3,1"], ["--keep-layers", "1 to 4"]),
         (["--keep-layers", "0,2"], ["--keep-layers", "1 to 4"]),
-        (["--keep-layers", "a"], ["--keep-layers", "1,3,5"]),
+        (["--keep-layers", "a"], ["--keep-layers", "2,4,6"]),
         (["--precision", "fp8"], ["--precision", "fp8", "bf16"]),
         (["--routing", "token"], ["--routing", "sentence"]),
         (["--device", "tpu"], ["tpu", "cpu"]),
@@ -603,7 +603,7 @@ def test_a_finished_run_is_kept(files, capsys):
         (["--save-every", "0"], ["--save-every", "at least 1"]),
         (["--expert-size", str(10**12)], ["--expert-size", "1 to 65536"]),
         (["--lr", "inf"], ["--lr", "finite"]),
-        (["--transfer", "inf"], ["--transfer", "finite"]),
+        (["--transfer-ratio", "inf"], ["--transfer-ratio", "finite"]),
         (["--clip", "nan"], ["--clip", "finite"]),
     ],
 )
@@ -649,7 +649,7 @@ def test_a_task_without_labels_is_not_scored(files, capsys):
 
 def test_help_speaks_of_every_option(capsys):
     """Catches a field without words, and a flag that --help or the parser lacks."""
-    for command in ("distill", "finetune", "evaluate", "predict"):
+    for command in ("distill", "finetune", "ablate", "evaluate", "predict"):
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
         shown = capsys.readouterr().out
@@ -658,11 +658,13 @@ def test_help_speaks_of_every_option(capsys):
             for field in microbert.DistillConfig.__dataclass_fields__.values():
                 assert field.metadata["help"]
                 flag = "--" + field.name.replace("_", "-")
-                assert flag in shown or field.name in ("checkpoint", *microbert._ANSWER), flag
+                assert flag in shown or field.name in microbert._OF_OTHERS, flag
+        elif command == "ablate":
+            assert "--seeds" in shown and "--rows" in shown and "--soft-weight" in shown
         else:
             assert "--soft-weight" not in shown
         assert f"python microbert.py {command.replace('distill', '--task')}" in shown  # an example
-        assert "[dev]" in shown or command in ("distill", "finetune")  # defaults
+        assert "[dev]" in shown or command in ("distill", "finetune", "ablate")  # defaults
         assert max(map(len, shown.splitlines())) <= 100
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
@@ -747,7 +749,15 @@ def test_speeds_are_texts_per_second(monkeypatch):
 @slow
 def test_the_built_in_task_shows_the_method(root, tmp_path, capsys):
     """Catches a built-in task that pruning does not hurt, or distillation does not repair."""
-    few = ["--teacher-epochs", "7", "--transfer", "0", "--epochs", "4", "--no-baseline"]  # for time
+    few = [
+        "--teacher-epochs",
+        "7",
+        "--transfer-ratio",
+        "0",
+        "--epochs",
+        "4",
+        "--no-baseline",
+    ]  # for time
     command = [sys.executable, str(root / "microbert.py"), "--out", "run", *few]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

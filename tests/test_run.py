@@ -178,7 +178,7 @@ def test_the_closing_table_compares_with_plain_fine_tuning(files, capsys, monkey
 
     monkeypatch.setattr(microbert, "train", watched)
     assert distil(files, task, "--baseline", "--teacher-epochs", "2", "--lr", "1e-3") == 0
-    assert seen[0] == ("teacher", 40, 2, 5e-5, {"hard"})
+    assert seen[0] == ("teacher", 40, 2, {"STS-B": 2e-4}.get(task, 5e-5), {"hard"})
     assert seen[1] == ("student", 60, 1, 1e-3, {"hard", "soft", "align", "adv"})
     assert seen[2] == ("baseline", 40, 2, 1e-3, {"hard"})
     results = json.loads((files / "out/results.json").read_text())

@@ -1,0 +1,312 @@
+"""The experiments behind the README's tables: runs them, prints the tables, draws the picture.
+
+python tests/experiments.py run --tasks MRPC,CoLA --seeds 0,1,2 --rows full,soft-only,tinybert
+    --out runs/experiments --data-dir glue --bert path/to/bert [any option of distil]
+python tests/experiments.py tables
+python tests/experiments.py draw
+
+`run` trains `microbert.py ablate`'s rows, and the peers' recipes below, task by task and seed by
+seed. Every finished student is a line of tests/results.jsonl at once and is not run again.
+`tables` and `draw` (tests/results.svg) read that file alone.
+"""
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import data  # noqa: E402
+import microbert as m  # noqa: E402
+
+RESULTS = HERE / "results.jsonl"
+TASKS = ("SST-2", "MRPC", "STS-B", "CoLA")  # the average is over these
+
+
+# --- the peers' recipes --------------------------------------------------------------------------
+
+
+class TinyBert:
+    """Jiao et al. 2020 (arXiv:1909.10351), its task-specific stage.
+
+    First embeddings, hidden states and attention scores token by token, then the soft labels at
+    temperature 1; no hard labels.
+
+    Runs the teacher in every step, since nothing token-level can be kept for 100,000 texts.
+    """
+
+    def __init__(self, teacher, student, encoded, layers, config):
+        self.teacher, self.student, self.encoded = teacher.eval(), student, encoded
+        self.layers, self.config, self.predicting = layers, config, False
+
+    def __call__(self, output, mask, rows, progress):
+        batch = data.collate(self.encoded, rows.numpy())
+        with torch.no_grad(), m.autocast(self.config):
+            target = self.teacher(**batch)
+        if self.predicting:
+            return {"soft": m.soft_loss(output.logits.float(), target.logits.float(), 1.0)}
+        seen = mask.unsqueeze(-1).float()  # (B, T, 1)
+        pair = (seen @ seen.transpose(1, 2)).unsqueeze(1)  # (B, 1, T, T)
+        hidden = attention = torch.zeros(())
+        for student_layer, teacher_layer in enumerate((0, *self.layers)):
+            own = output.hidden_states[student_layer].float()
+            wanted = target.hidden_states[teacher_layer].float()
+            hidden = hidden + ((own - wanted).square() * seen).mean(-1).sum() / seen.sum()
+        for student_layer, teacher_layer in enumerate(self.layers, 1):
+            scores = [
+                self.scores(model, output.hidden_states[layer - 1], layer - 1)
+                for model, output, layer in (
+                    (self.student, output, student_layer),
+                    (self.teacher, target, teacher_layer),
+                )
+            ]
+            distance = (scores[0] - scores[1].detach()).square() * pair  # (B, N, T, T)
+            attention = attention + distance.mean(1).sum() / pair.sum()
+        return {"hidden": hidden, "attention": attention}
+
+    def scores(self, model, hidden, index):
+        """A layer's attention before its softmax, (B, N, T, T), from what went into it."""
+        layer = model.layers[index]
+        with m.autocast(self.config):
+            shape = (*hidden.shape[:2], layer.heads, -1)
+            query = layer.query(hidden).view(shape).transpose(1, 2)  # (B, N, T, H / N)
+            key = layer.key(hidden).view(shape).transpose(1, 2)
+            return (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
+
+
+class Pkd:
+    """Sun et al. 2019 (arXiv:1908.09355), PKD-skip.
+
+    Hard labels, soft targets, and the normalised [CLS] of all layers but the last, beta 100.
+    """
+
+    def __init__(self, cache, config):
+        self.cache, self.config = cache, config
+
+    def __call__(self, output, mask, rows, progress):
+        logits, share = output.logits.float(), self.config.soft_weight
+        labels, target = self.cache.labels[rows], self.cache.logits[rows]
+        terms = {
+            "hard": (1 - share) * m.hard_loss(logits, labels),
+            "soft": share * m.soft_loss(logits, target, self.config.temperature),
+        }
+        own = torch.stack([h[:, 0].float() for h in output.hidden_states[1:-1]], dim=1)  # (B, K, H)
+        wanted = self.cache.features[rows][:, :-1, 0].float()  # (B, K, H), standardised
+        own = F.layer_norm(own, own.shape[-1:])
+        unit = own.shape[-1] ** 0.5  # a standardised vector's length
+        terms["patience"] = 100 * F.mse_loss(own / unit, wanted / unit)
+        return terms
+
+
+def train_peers(config, names):
+    """Results of the peers' students: same teacher, texts, shape and number of updates as ours."""
+    run = m.start_run(config)
+    teacher, ready = m.prepare(run)
+    reached = run.results["teacher"]["score"]
+    texts, epochs = m.texts_and_passes(run, ready)
+    sample = data.encode(ready.tokenizer, run.dev.texts[:128])
+    depth = teacher.config.num_hidden_layers
+    for name in names:
+        keep = ready.layers if name == "tinybert" else m.keep_layers(config, depth)
+        student = m.prune(teacher.cpu(), keep)
+        m.set_dropout(student, config.dropout)
+        with run.log.timed(name, f"a student of layers {', '.join(map(str, keep))}"):
+            if name == "pkd":
+                stages = [(Pkd(ready.cache, config), epochs)]
+            else:
+                objective = TinyBert(teacher, student, texts, ready.layers, config)
+                stages = [(objective, epochs - epochs // 2), (objective, epochs // 2)]
+            for stage, (objective, passes) in enumerate(stages):
+                objective.predicting = stage == 1
+                m.train(
+                    student, texts, objective, config, run.log, epochs=passes, lr=config.lr
+                )  # fmt: skip
+            center, spread = ready.unit
+            m.rescale(student, spread, center)
+            scores = m.score_model(student, ready.tokenizer, run.task, config, run.log)
+        speeds = m.examples_per_second([teacher, student], sample, config)
+        yield {
+            "row": name, "seed": config.seed, **scores,
+            "retention": scores["score"] / reached, "speed_up": speeds[1] / speeds[0],
+            "updates": epochs * math.ceil(len(texts) / config.batch_size),
+            "seconds": round(run.log.seconds[name], 1),
+        }  # fmt: skip
+    m.remove_cache(run)
+
+
+# --- running -------------------------------------------------------------------------------------
+
+
+def results():
+    """Every line of results.jsonl."""
+    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def run(tasks, seeds, rows, options):
+    """Trains what results.jsonl lacks, all rows of a task and seed in turn."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
+    commit = subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout.strip()
+    ours = [row for row in rows if row not in ("tinybert", "pkd")]
+    for seed in seeds:
+        for task in tasks:
+            given = m.parse(["ablate", "--task", task, *options, "--seeds", str(seed)])
+            given.pop("command")
+            config = m.DistillConfig(**given)
+            out = Path(config.out) / task
+            kept = [w for w in options if w not in ("--out", config.out)]
+
+            def note(found, task=task, seed=seed, kept=kept):
+                """Appends what is not there yet."""
+                known = {(r["task"], r["seed"], r["row"]) for r in results()}
+                for result in found:
+                    if (task, result["seed"], result["row"]) not in known:
+                        line = {"task": task, **result, "options": kept, "commit": commit}
+                        with RESULTS.open("a", encoding="utf-8") as file:
+                            file.write(json.dumps(line) + "\n")
+
+            known = {r["row"] for r in results() if (r["task"], r["seed"]) == (task, seed)}
+            left = [row for row in ours if row not in known]
+            if left:
+                for report in m.ablation_reports(
+                    replace(config, out=str(out), rows=" ".join(left))
+                ):
+                    note(report["runs"])
+            if left := [row for row in rows if row not in (*ours, *known)]:
+                asked = replace(
+                    m.settle(config), bert="", teacher=str(out / f"seed-{seed}/teacher"),
+                    seed=seed, out=str(out / f"peers-{seed}"), overwrite=True,
+                )  # fmt: skip
+                for result in train_peers(asked, left):
+                    note([result])
+
+
+# --- tables and picture --------------------------------------------------------------------------
+
+
+def by_seed(found, row, task):
+    """Retention in percent of each seed."""
+    own = [r for r in found if (r["task"], r["row"]) == (task, row)]
+    return {r["seed"]: 100 * r["retention"] for r in own}
+
+
+def average(found, row):
+    """The mean over the tasks of each seed's retention, for seeds that have all tasks."""
+    kept = [by_seed(found, row, task) for task in TASKS]
+    return [statistics.fmean(k[s] for k in kept) for s in sorted(set.intersection(*map(set, kept)))]
+
+
+def shown(values, digits=1):
+    """mean ± sd (n), in a table's cell."""
+    if not values:
+        return "–"
+    sd = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{sd} ({len(values)})"
+
+
+def tables():
+    """Scores of teachers and students, and retention row by row, in Markdown."""
+    found = results()
+    tasks = list(dict.fromkeys([*TASKS, *(r["task"] for r in found)]))
+    for name, key, unit in (("score", "score", 1), ("% of teacher", "retention", 100)):
+        print(f"| {name} | " + " | ".join(tasks) + " | mean of the four |")
+        print("|---" * (len(tasks) + 2) + "|")
+        for row in dict.fromkeys(r["row"] for r in found):
+            if row == "teacher" and key == "retention":
+                continue
+            cells = [
+                shown([unit * r[key] for r in found if (r["task"], r["row"]) == (task, row)], 2)
+                for task in tasks
+            ]
+            mean = shown(average(found, row), 2) if key == "retention" else ""
+            print(f"| {row} | " + " | ".join(cells) + f" | {mean} |")
+        print()
+
+
+def draw():
+    """tests/results.svg: what students of 1 to 5 layers keep, against how much faster they are."""
+    found = results()
+    lines = {"MicroBERT": [f"layers={n}" if n != 3 else "full" for n in range(1, 6)]}
+    lines |= {"soft targets only": ["soft-only"], "labels only": ["labels-only"]}
+    lines |= {"TinyBERT's recipe": ["tinybert"], "PKD's recipe": ["pkd"]}
+    points = {
+        name: [
+            (statistics.fmean(r["speed_up"] for r in found if r["row"] == row), average(found, row))
+            for row in rows
+            if average(found, row)
+        ]
+        for name, rows in lines.items()
+    }
+    points = {name: sorted(line) for name, line in points.items() if line}
+    speeds = [x for line in points.values() for x, _ in line]
+    kept = [statistics.fmean(y) for line in points.values() for _, y in line]
+    left, right = min(1.0, *speeds), max(speeds) * 1.05
+    low, high = math.floor(min(kept)) - 1, math.ceil(max(*kept, 101.14)) + 1
+
+    def place(x, y):
+        return 60 + 480 * (x - left) / (right - left), 20 + 280 * (high - y) / (high - low)
+
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 350" font-family="sans-serif" '
+        'font-size="12">',
+        '<rect width="720" height="350" fill="white"/>',
+    ]
+    for y in range(low, high + 1, max(1, (high - low) // 8)):
+        _, at = place(left, y)
+        parts.append(f'<path d="M60 {at:.1f}H540" stroke="#ddd"/>')
+        parts.append(f'<text x="52" y="{at + 4:.1f}" text-anchor="end">{y} %</text>')
+    for x in [x / 2 for x in range(math.ceil(2 * left), math.floor(2 * right) + 1)]:
+        at, _ = place(x, low)
+        parts.append(f'<text x="{at:.1f}" y="318" text-anchor="middle">{x:g}</text>')
+    _, at = place(left, 101.14)
+    parts.append(f'<path d="M60 {at:.1f}H540" stroke="#888" stroke-dasharray="4 3"/>')
+    parts.append(f'<text x="546" y="{at + 4:.1f}" fill="#666">paper: 101.14 %</text>')
+    colours = ("#1b6ca8", "#c0392b", "#7f8c8d", "#d68910", "#6c3483")
+    for i, ((name, line), colour) in enumerate(zip(points.items(), colours)):
+        middle = [(*place(x, statistics.fmean(y)), y) for x, y in line]
+        way = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in middle)
+        parts.append(f'<polyline points="{way}" fill="none" stroke="{colour}"/>')
+        for x, y, values in middle:
+            sd = statistics.stdev(values) if len(values) > 1 else 0
+            half = 280 * sd / (high - low)
+            parts.append(f'<path d="M{x:.1f} {y - half:.1f}V{y + half:.1f}" stroke="{colour}"/>')
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
+        parts.append(f'<circle cx="556" cy="{200 + 20 * i}" r="4" fill="{colour}"/>')
+        parts.append(f'<text x="566" y="{204 + 20 * i}">{name}</text>')
+    parts.append('<text x="300" y="340" text-anchor="middle">times as fast as the teacher</text>')
+    parts.append('<text x="60" y="13">score kept, mean of four tasks (bars: sd over seeds)</text>')
+    (HERE / "results.svg").write_text("\n".join([*parts, "</svg>\n"]), encoding="utf-8")
+
+
+def main(argv):
+    command, *rest = argv or [""]
+    if command == "tables":
+        tables()
+    elif command == "draw":
+        draw()
+    elif command == "run":
+        values = {}
+        for name, default in (("--tasks", ",".join(TASKS)), ("--seeds", "0,1,2"),
+                              ("--rows", m.DistillConfig().rows + ",tinybert,pkd")):  # fmt: skip
+            values[name] = default
+            if name in rest:
+                at = rest.index(name)
+                values[name] = rest[at + 1]
+                del rest[at : at + 2]
+        seeds = [int(seed) for seed in values["--seeds"].split(",")]
+        run(values["--tasks"].split(","), seeds, m.row_names(values["--rows"]), rest)
+    else:
+        print(__doc__, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

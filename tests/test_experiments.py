@@ -1,0 +1,135 @@
+"""The experiments' script: the peers' losses, what it writes, its tables and its picture."""
+
+import json
+from xml.etree import ElementTree
+
+import experiments
+import numpy as np
+import pytest
+import torch
+from test_run import QUICK, few_steps, files, shape  # noqa: F401
+
+import data
+from microbert import Bert, DistillConfig, TeacherCache, prune, sentence_features
+
+
+@pytest.fixture
+def encoded():
+    """Five texts of 3 to 7 tokens."""
+    lengths = [3, 7, 4, 5, 6]
+    ids = np.arange(sum(lengths), dtype=np.int32) % 15 + 5
+    offsets = np.cumsum([0, *lengths])
+    return data.Encoded(ids, np.zeros(len(ids), np.uint8), offsets)
+
+
+CONFIG = DistillConfig(device="cpu", precision="fp32")
+
+
+def test_tinybert_by_hand(encoded):
+    """Catches layers compared with the wrong ones, padding that counts, a softmax that stays in."""
+    torch.manual_seed(0)
+    teacher = Bert(shape()).eval()
+    student = prune(teacher, (2, 4)).eval()
+    rows = torch.arange(5)
+    batch = data.collate(encoded, rows.numpy())
+    output, wanted = student(**batch), teacher(**batch)
+    objective = experiments.TinyBert(teacher, student, encoded, (2, 4), CONFIG)
+    terms = objective(output, batch["attention_mask"], rows, 0.0)
+    hidden = attention = torch.zeros(())
+    real = batch["attention_mask"].bool()
+    for mine, theirs in ((0, 0), (1, 2), (2, 4)):
+        away = output.hidden_states[mine] - wanted.hidden_states[theirs]
+        hidden = hidden + away[real].square().mean()
+    pair = (real[:, :, None] & real[:, None, :])[:, None].expand(-1, 2, -1, -1)
+    for mine, theirs in ((1, 2), (2, 4)):
+        scores = []
+        for model, hs, n in ((student, output, mine), (teacher, wanted, theirs)):
+            layer, x = model.layers[n - 1], hs.hidden_states[n - 1]
+            q, k = (f(x).view(5, 7, 2, 8).transpose(1, 2) for f in (layer.query, layer.key))
+            scores.append(q @ k.transpose(-1, -2) / 8**0.5)
+        attention = attention + (scores[0] - scores[1])[pair].square().mean()
+    assert terms["hidden"].item() == pytest.approx(hidden.item(), rel=1e-5)
+    assert terms["attention"].item() == pytest.approx(attention.item(), rel=1e-5)
+    objective.predicting = True
+    terms = objective(output, batch["attention_mask"], rows, 0.9)
+    guess, target = (x.logits.log_softmax(-1) for x in (output, wanted))
+    divergence = (target.exp() * (target - guess)).sum(-1).mean()
+    assert list(terms) == ["soft"]
+    assert terms["soft"].item() == pytest.approx(divergence.item(), abs=1e-6)
+
+
+def test_pkd_by_hand(encoded):
+    """Catches patience on the last layer or another view than [CLS], and labels that NaN spoils."""
+    torch.manual_seed(1)
+    teacher = Bert(shape()).eval()
+    student = prune(teacher, (1, 4)).eval()
+    rows = torch.arange(5)
+    batch = data.collate(encoded, rows.numpy())
+    output, wanted = student(**batch), teacher(**batch)
+    kept = sentence_features([wanted.hidden_states[n] for n in (2, 4)], batch["attention_mask"])
+    labels = torch.tensor([0.0, 1.0, torch.nan, 0.0, torch.nan])
+    cache = TeacherCache(kept.detach(), wanted.logits.detach(), labels)
+    terms = experiments.Pkd(cache, CONFIG)(output, batch["attention_mask"], rows, 0.0)
+    units = []
+    for hidden in (output.hidden_states[1], wanted.hidden_states[2]):
+        centred = hidden[:, 0] - hidden[:, 0].mean(-1, keepdim=True)
+        units.append(centred / centred.norm(dim=-1, keepdim=True))
+    assert terms["patience"].item() == pytest.approx(
+        100 * (units[0] - units[1]).square().mean().item(), rel=1e-4
+    )
+    known = -output.logits.log_softmax(-1)[[0, 1, 3], [0, 1, 0]].sum() / 5
+    assert terms["hard"].item() == pytest.approx(0.3 * known.item(), rel=1e-5)
+
+
+def test_runs_are_written_at_once_and_not_repeated(files, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Catches a student lost or trained twice, peers of other texts or updates, tables that lie."""
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results.jsonl")
+    monkeypatch.setattr(experiments, "HERE", tmp_path)
+    monkeypatch.setattr(experiments, "TASKS", ("SST-2", "STS-B"))
+    options = ["--bert", files / "bert", "--data-dir", files, "--force", *QUICK]
+    options = [str(word) for word in options if word != "--no-baseline"]
+    options[options.index("--epochs") + 1] = "2"
+    made = ["run", "--tasks", "SST-2,STS-B", "--out", str(tmp_path / "runs"), *options]
+    assert experiments.main([*made, "--seeds", "0", "--rows", "full"]) == 0
+    first = (tmp_path / "results.jsonl").read_text()
+    assert experiments.main([*made, "--seeds", "0,1", "--rows", "full,tinybert,pkd"]) == 0
+    assert (tmp_path / "results.jsonl").read_text().startswith(first)
+    found = experiments.results()
+    rows = ["full", "pkd", "teacher", "tinybert"]
+    for task in ("SST-2", "STS-B"):
+        for seed in (0, 1):
+            own = [r for r in found if (r["task"], r["seed"]) == (task, seed)]
+            assert sorted(r["row"] for r in own) == rows
+            assert len({r["updates"] for r in own if r["row"] != "teacher"}) == 1
+            teacher = next(r["score"] for r in own if r["row"] == "teacher")
+            assert all(
+                r["retention"] * teacher == pytest.approx(r["score"])
+                for r in own if r["row"] != "teacher"
+            )  # fmt: skip
+    before = (tmp_path / "results.jsonl").read_text()
+    capsys.readouterr()
+    assert experiments.main([*made, "--seeds", "0,1", "--rows", "full,tinybert,pkd"]) == 0
+    assert (tmp_path / "results.jsonl").read_text() == before
+    assert capsys.readouterr().out == ""
+    assert experiments.main(["tables"]) == 0
+    shown = capsys.readouterr().out
+    kept = {(r["task"], r["seed"]): 100 * r["retention"] for r in found if r["row"] == "full"}
+    mean = sum(kept.values()) / 4
+    assert f"{mean:.2f} ±" in next(
+        s for s in shown.split("% of teacher")[1].split("\n") if "full" in s
+    )
+    assert experiments.main(["draw"]) == 0
+    picture = ElementTree.parse(tmp_path / "results.svg").getroot()
+    assert len(picture.findall("{*}circle")) == 2 * 3  # full, tinybert, pkd; each in the legend
+
+
+def test_what_is_checked_in_is_drawn_from_the_results(root, tmp_path, monkeypatch):
+    """Catches a picture older than its numbers, and a line that lacks where it came from."""
+    found = experiments.results()
+    for result in found:
+        assert {"task", "seed", "row", "score", "commit", "options"} <= {*result}
+        assert json.dumps(result["options"]).isascii() and "dirty" not in result["commit"]
+    monkeypatch.setattr(experiments, "HERE", tmp_path)
+    if found:
+        experiments.draw()
+        assert (tmp_path / "results.svg").read_text() == (root / "tests/results.svg").read_text()

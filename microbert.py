@@ -2363,7 +2363,11 @@ def load_ablation(file: Path, config: DistillConfig) -> dict[str, Any]:
 def train_rows(
     config: DistillConfig, rows: dict[str, DistillConfig], taught: bool
 ) -> Iterator[dict[str, Any]]:
-    """One seed's results: its teacher's, unless that was `taught` before, then the students'."""
+    """One seed's results: its teacher's, unless that was `taught` before, then the students'.
+
+    distance: mean KL divergence of a student's dev answers from the teacher's, in nats; for scores
+    the mean squared difference, in `score_unit`s. It is less noisy than a score.
+    """
     import data
 
     run = start_run(config, [*rows.values()])
@@ -2374,7 +2378,9 @@ def train_rows(
     reached = run.results["teacher"]
     if not taught:
         yield {"row": "teacher", "seed": config.seed, **reached}
-    sample = data.encode(ready.tokenizer, run.dev.texts[:128])
+    dev, (center, spread) = data.encode(ready.tokenizer, run.dev.texts), ready.unit
+    in_fp32 = replace(config, precision="fp32")
+    wanted = predict_logits(teacher, dev, in_fp32)  # (n, C)
     for row, asked in rows.items():
         own = run._replace(config=asked)
         depth = teacher.config.num_hidden_layers
@@ -2384,9 +2390,10 @@ def train_rows(
             student = make_student(own, mine, prune(teacher.cpu(), keep), experts)
             scores = score_model(student, ready.tokenizer, run.task, asked, run.log)
         texts, epochs = texts_and_passes(own, ready)
-        speeds = examples_per_second([teacher, student], sample, config)
+        speeds = examples_per_second([teacher, student], dev.first(min(128, len(dev))), config)
+        given = (predict_logits(student, dev, in_fp32) - center) / spread  # (n, C)
         yield {
-            "row": row, "seed": config.seed, **scores,
+            "row": row, "seed": config.seed, **scores, "distance": soft_loss(given, wanted).item(),
             "retention": scores["score"] / reached["score"] if reached["score"] else None,
             "speed_up": speeds[1] / speeds[0],
             "updates": epochs * math.ceil(len(texts) / asked.batch_size),
@@ -2402,7 +2409,7 @@ def summarize(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in dict.fromkeys(run["row"] for run in runs):
         own = [run for run in runs if run["row"] == row]
         line: dict[str, Any] = {"row": row, "n": len(own)}
-        for name in ("score", "retention", "speed_up", "updates", "seconds"):
+        for name in ("score", "retention", "distance", "speed_up", "updates", "seconds"):
             found = [run[name] for run in own if run.get(name) is not None]
             if found:
                 line[name] = statistics.fmean(found)
@@ -2422,13 +2429,12 @@ def print_ablation(report: dict[str, Any]) -> None:
 
     width = max(len(line["row"]) for line in report["table"])
     print(f"\n{report['task']} dev, {report['metric']}, mean +- sd over n seeds")
-    print(f"{'':{width}}   n           score    of teacher, %   speed-up  updates")
+    print(f"{'':{width}}   n           score    of teacher, %   distance   speed-up  updates")
     for line in report["table"]:
-        kept, speed = spread(line, "retention", 100), line.get("speed_up")
-        print(
-            f"{line['row']:{width}}{line['n']:4}{spread(line, 'score', 1):>16}{kept:>17}"
-            + (f"{speed:11.2f}{line['updates']:9,.0f}" if speed else f"{'-':>11}{'-':>9}")
-        )
+        kept, cells = spread(line, "retention", 100), ""
+        if "speed_up" in line:
+            cells = f"{line['distance']:11.4f}{line['speed_up']:11.2f}{line['updates']:9,.0f}"
+        print(f"{line['row']:{width}}{line['n']:4}{spread(line, 'score', 1):>16}{kept:>17}{cells}")
 
 
 def load_trained(config: DistillConfig) -> tuple[Bert, "Tokenizer", "glue.Task"]:

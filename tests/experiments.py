@@ -111,7 +111,8 @@ def train_peers(config, names):
     teacher, ready = m.prepare(run)
     reached = run.results["teacher"]["score"]
     texts, epochs = m.texts_and_passes(run, ready)
-    sample = data.encode(ready.tokenizer, run.dev.texts[:128])
+    dev, in_fp32 = data.encode(ready.tokenizer, run.dev.texts), replace(config, precision="fp32")
+    wanted = m.predict_logits(teacher, dev, in_fp32)
     depth = teacher.config.num_hidden_layers
     for name in names:
         keep = ready.layers if name == "tinybert" else m.keep_layers(config, depth)
@@ -131,10 +132,12 @@ def train_peers(config, names):
             center, spread = ready.unit
             m.rescale(student, spread, center)
             scores = m.score_model(student, ready.tokenizer, run.task, config, run.log)
-        speeds = m.examples_per_second([teacher, student], sample, config)
+        speeds = m.examples_per_second([teacher, student], dev.first(min(128, len(dev))), config)
+        given = (m.predict_logits(student, dev, in_fp32) - center) / spread
         yield {
             "row": name, "seed": config.seed, **scores,
             "retention": scores["score"] / reached, "speed_up": speeds[1] / speeds[0],
+            "distance": m.soft_loss(given, wanted).item(),
             "updates": epochs * math.ceil(len(texts) / config.batch_size),
             "seconds": round(run.log.seconds[name], 1),
         }  # fmt: skip
@@ -215,14 +218,17 @@ def tables():
     """Scores of teachers and students, and retention row by row, in Markdown."""
     found = results()
     tasks = list(dict.fromkeys([*TASKS, *(r["task"] for r in found)]))
-    for name, key, unit in (("score", "score", 1), ("% of teacher", "retention", 100)):
+    for name, key, unit, digits in (("score", "score", 1, 2), ("% of teacher", "retention", 100, 2),
+                                    ("distance", "distance", 1, 3)):  # fmt: skip
         print(f"| {name} | " + " | ".join(tasks) + " | mean of the four |")
         print("|---" * (len(tasks) + 2) + "|")
         for row in dict.fromkeys(r["row"] for r in found):
-            if row == "teacher" and key == "retention":
+            if row == "teacher" and key != "score":
                 continue
             cells = [
-                shown([unit * r[key] for r in found if (r["task"], r["row"]) == (task, row)], 2)
+                shown(
+                    [unit * r[key] for r in found if (r["task"], r["row"]) == (task, row)], digits
+                )
                 for task in tasks
             ]
             mean = shown(average(found, row), 2) if key == "retention" else ""

@@ -9,9 +9,11 @@ from test_robust import stop_at
 from test_run import QUICK, few_steps, files, refused, run  # noqa: F401
 
 import data
+import glue
 import microbert
 from microbert import DistillConfig, row_options
 
+SST2 = glue.TASKS["SST-2"]
 STEADY = ("--save-every", "2", "--log-every", "1")
 
 
@@ -80,6 +82,7 @@ def test_the_table_and_the_file(files, capsys):  # noqa: F811
             assert line["retention"] == pytest.approx(statistics.mean(kept))
     layers = {line["row"]: line["layers"] for line in found["runs"]}
     assert layers == {"teacher": 4, "full": 2, names[1]: 1, "labels-only": 2, names[3]: 2}
+    assert all(0 < r["distance"] < 9 for r in found["runs"] if r["row"] != "teacher")
     updates = {line["row"]: line["updates"] for line in found["runs"] if line["row"] != "teacher"}
     assert updates == {"full": 8, names[1]: 8, "labels-only": 5, names[3]: 8}  # of 40 and 60 texts
     assert not [*files.glob("out/seed-*/*.f16"), *files.glob("out/seed-*/resume*")]
@@ -98,6 +101,16 @@ def test_a_row_is_what_distil_makes_of_the_same_options(files):  # noqa: F811
         mine = next(r for r in report(files)["runs"] if r["row"] == row)
         assert mine["score"] == results["student"]["score"]
         assert mine["retention"] == results["retention"]
+        texts = microbert.load_split(DistillConfig(data_dir=str(files)), SST2, "dev").texts
+        tokenizer, config = data.load_tokenizer(files / "bert"), DistillConfig(precision="fp32")
+        own, teacher = (
+            microbert.predict_logits(
+                microbert.load_bert(files / row / part), data.encode(tokenizer, texts), config
+            ).log_softmax(-1)
+            for part in ("student", "teacher")
+        )
+        away = (teacher.exp() * (teacher - own)).sum(-1).mean().item()
+        assert mine["distance"] == pytest.approx(away, rel=1e-3, abs=1e-8)
 
 
 @pytest.mark.parametrize("phase, step", [("teacher", 4), ("full", 5), ("no-gan", 3)])

@@ -1634,16 +1634,18 @@ def settle(config: DistillConfig) -> DistillConfig:
     return config
 
 
-def auto_epochs(examples: int, budget: int, batch_size: int) -> int:
-    """As many passes as show about `budget` examples, 3 to 10, or as make 200 steps: OURS(9)."""
+def auto_epochs(examples: int, budget: int, batch_size: int, least: int = 1) -> int:
+    """Passes that show about `budget` examples, `least` to 10, or that make 200 steps: OURS(9)."""
     steps = math.ceil(examples / batch_size)
-    return max(min(max(round(budget / examples), 3), 10), math.ceil(200 / steps))
+    return max(min(max(round(budget / examples), least), 10), math.ceil(200 / steps))
 
 
 def fine_tuning_epochs(config: DistillConfig, task: "glue.Task", examples: int) -> int:
     """Passes of the teacher's fine-tuning, and of the student's on labels alone."""
     passes = 0 if config.limit else _TEACHERS.get(task.name, (0, 0))[1]
-    return config.teacher_epochs or passes or auto_epochs(examples, 24_000, config.batch_size)
+    if passes or config.teacher_epochs:
+        return config.teacher_epochs or passes
+    return auto_epochs(examples, 24_000, config.batch_size, least=2)
 
 
 def find_task(config: DistillConfig, labels: Sequence[str] = ()) -> "glue.Task":
@@ -2133,7 +2135,7 @@ def texts_and_passes(run: Run, ready: Prepared) -> tuple["data.Encoded", int]:
         return texts, config.epochs
     if not distils:
         return texts, fine_tuning_epochs(config, run.task, len(texts))
-    return texts, auto_epochs(len(texts), 20_000 if toy else 100_000, config.batch_size)
+    return texts, auto_epochs(len(texts), 24_000 if toy else 70_000, config.batch_size)
 
 
 def make_student(run: Run, ready: Prepared, pruned: Bert, experts: SentenceExperts | None) -> Bert:

@@ -197,7 +197,8 @@ class DistillConfig:
 
     layers: int = opt(
         0,
-        "encoder layers it keeps, the lowest ones and the last; 0 is half the teacher's",
+        "encoder layers it keeps, the lowest ones and the last, of pairs evenly spaced ones; "
+        "0 is half the teacher's",
         group="the student",
     )
     keep_layers: str = opt("", "or the layers themselves, counted from 1: 2,4,6")
@@ -401,12 +402,17 @@ class Bert(nn.Module):
 # --- pruning -------------------------------------------------------------------------------------
 
 
-def kept_layers(teacher_layers: int, student_layers: int) -> tuple[int, ...]:
-    """The teacher's layers that M student layers start as: its lowest M - 1 and its last, OURS(1).
+def kept_layers(
+    teacher_layers: int, student_layers: int, *, pairs: bool = False
+) -> tuple[int, ...]:
+    """The teacher's layers that M student layers start as, OURS(1).
 
-    Raises ValueError unless 1 <= M <= L.
+    Its lowest M - 1 and its last; for sentence pairs, which its middle layers compare, evenly
+    spaced ones as in `layer_map`. Raises ValueError unless 1 <= M <= L.
     """
     _refuse_depth(teacher_layers, student_layers)
+    if pairs:
+        return layer_map(teacher_layers, student_layers)
     return (*range(1, student_layers), teacher_layers)
 
 
@@ -1635,9 +1641,9 @@ def settle(config: DistillConfig) -> DistillConfig:
 
 
 def auto_epochs(examples: int, budget: int, batch_size: int, least: int = 1) -> int:
-    """Passes that show about `budget` examples, `least` to 10, or that make 200 steps: OURS(9)."""
+    """Passes that show at least `budget` examples, `least` to 10, or make 200 steps: OURS(9)."""
     steps = math.ceil(examples / batch_size)
-    return max(min(max(round(budget / examples), least), 10), math.ceil(200 / steps))
+    return max(min(max(math.ceil(budget / examples), least), 10), math.ceil(200 / steps))
 
 
 def fine_tuning_epochs(config: DistillConfig, task: "glue.Task", examples: int) -> int:
@@ -1939,10 +1945,13 @@ def gather_transfer(
     return texts
 
 
-def keep_layers(config: DistillConfig, teacher_layers: int) -> tuple[int, ...]:
+def keep_layers(
+    config: DistillConfig, teacher_layers: int, *, pairs: bool = False
+) -> tuple[int, ...]:
     """The teacher's layers that the student keeps, from 1."""
     if not config.keep_layers:
-        return kept_layers(teacher_layers, config.layers or max(1, teacher_layers // 2))
+        count = config.layers or max(1, teacher_layers // 2)
+        return kept_layers(teacher_layers, count, pairs=pairs)
     try:
         keep = tuple(int(number) for number in config.keep_layers.split(","))
     except ValueError:
@@ -2037,7 +2046,8 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     if needs_experts(config):
         with log.timed("experts", "fits experts and gate to the task on the teacher's features"):
             experts = make_experts(ready.cache, config)
-    keep = keep_layers(config, teacher.config.num_hidden_layers)
+    pairs = len(task.text) == 2
+    keep = keep_layers(config, teacher.config.num_hidden_layers, pairs=pairs)
     with log.timed("pruned", f"the teacher's layers {', '.join(map(str, keep))}, as they are"):
         pruned = prune(teacher.cpu(), keep)
         del teacher  # its memory is the student's now
@@ -2135,7 +2145,7 @@ def texts_and_passes(run: Run, ready: Prepared) -> tuple["data.Encoded", int]:
         return texts, config.epochs
     if not distils:
         return texts, fine_tuning_epochs(config, run.task, len(texts))
-    return texts, auto_epochs(len(texts), 24_000 if toy else 70_000, config.batch_size)
+    return texts, auto_epochs(len(texts), 24_000 if toy else 50_000, config.batch_size)
 
 
 def make_student(run: Run, ready: Prepared, pruned: Bert, experts: SentenceExperts | None) -> Bert:
@@ -2386,7 +2396,8 @@ def train_rows(
     for row, asked in rows.items():
         own = run._replace(config=asked)
         depth = teacher.config.num_hidden_layers
-        keep, mine = keep_layers(asked, depth), ready.only(aligned_layers(asked, depth))
+        keep = keep_layers(asked, depth, pairs=len(run.task.text) == 2)
+        mine = ready.only(aligned_layers(asked, depth))
         with run.log.timed(row, f"a student of layers {', '.join(map(str, keep))}"):
             experts = make_experts(mine.cache, asked) if needs_experts(asked) else None
             student = make_student(own, mine, prune(teacher.cpu(), keep), experts)

@@ -18,6 +18,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -42,9 +43,9 @@ class TinyBert:
     Runs the teacher in every step, since nothing token-level can be kept for 100,000 texts.
     """
 
-    def __init__(self, teacher, student, encoded, layers, config):
+    def __init__(self, teacher, student, encoded, layers, config, predicting=False):
         self.teacher, self.student, self.encoded = teacher.eval(), student, encoded
-        self.layers, self.config, self.predicting = layers, config, False
+        self.layers, self.config, self.predicting = layers, config, predicting
 
     def __call__(self, output, mask, rows, progress):
         batch = data.collate(self.encoded, rows.numpy())
@@ -81,6 +82,21 @@ class TinyBert:
             return (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
 
 
+def two_stages(texts, epochs):
+    """Texts and passes of TinyBERT's stages: half of the passes each, or of one pass's texts."""
+    if epochs > 1:
+        return [(texts, epochs - epochs // 2), (texts, epochs // 2)]
+    order, half = np.random.default_rng(0).permutation(len(texts)), (len(texts) + 1) // 2
+    return [(some(texts, rows), 1) for rows in (order[:half], order[half:])]
+
+
+def some(encoded, rows):
+    """These texts of them, in this order."""
+    spans = [slice(*encoded.offsets[row : row + 2]) for row in rows]
+    ids, types = (np.concatenate([a[s] for s in spans]) for a in (encoded.ids, encoded.type_ids))
+    return data.Encoded(ids, types, np.cumsum([0, *encoded.lengths[rows]]))
+
+
 class Pkd:
     """Sun et al. 2019 (arXiv:1908.09355), PKD-skip.
 
@@ -115,20 +131,21 @@ def train_peers(config, names):
     wanted = m.predict_logits(teacher, dev, in_fp32)
     depth = teacher.config.num_hidden_layers
     for name in names:
-        keep = ready.layers if name == "tinybert" else m.keep_layers(config, depth)
+        pairs = len(run.task.text) == 2
+        keep = ready.layers if name == "tinybert" else m.keep_layers(config, depth, pairs=pairs)
         student = m.prune(teacher.cpu(), keep)
         m.set_dropout(student, config.dropout)
         with run.log.timed(name, f"a student of layers {', '.join(map(str, keep))}"):
             if name == "pkd":
                 stages = [(Pkd(ready.cache, config), epochs)]
             else:
-                objective = TinyBert(teacher, student, texts, ready.layers, config)
-                stages = [(objective, epochs - epochs // 2), (objective, epochs // 2)]
-            for stage, (objective, passes) in enumerate(stages):
-                objective.predicting = stage == 1
-                m.train(
-                    student, texts, objective, config, run.log, epochs=passes, lr=config.lr
-                )  # fmt: skip
+                stages = [
+                    (TinyBert(teacher, student, part, ready.layers, config, predicting), passes)
+                    for predicting, (part, passes) in enumerate(two_stages(texts, epochs))
+                ]
+            for objective, passes in stages:
+                part = objective.encoded if name == "tinybert" else texts
+                m.train(student, part, objective, config, run.log, epochs=passes, lr=config.lr)
             center, spread = ready.unit
             m.rescale(student, spread, center)
             scores = m.score_model(student, ready.tokenizer, run.task, config, run.log)

@@ -113,6 +113,13 @@ def test_a_row_is_what_distil_makes_of_the_same_options(files):  # noqa: F811
         assert mine["distance"] == pytest.approx(away, rel=1e-3, abs=1e-8)
 
 
+@pytest.mark.parametrize("task, kept", [("SST-2", "1, 4"), ("STS-B", "2, 4")])
+def test_what_a_row_starts_as(files, capsys, task, kept):  # noqa: F811
+    """Catches pairs that are pruned as single sentences are, in ablations only."""
+    assert ablate(files, "--task", task, rows="full", seeds="0") == 0
+    assert f"a student of layers {kept}\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("phase, step", [("teacher", 4), ("full", 5), ("no-gan", 3)])
 def test_interrupted_and_continued(files, monkeypatch, capsys, phase, step):  # noqa: F811
     """Catches a student trained twice, lost, or other than it would have been."""

@@ -58,6 +58,21 @@ def test_tinybert_by_hand(encoded):
     assert terms["soft"].item() == pytest.approx(divergence.item(), abs=1e-6)
 
 
+def test_tinybert_stages(encoded):
+    """Catches a stage that a single pass leaves out, and texts lost or cut between the stages."""
+    passes = [experiments.two_stages(encoded, n) for n in (2, 3)]
+    assert [[n for _, n in stages] for stages in passes] == [[1, 1], [2, 1]]
+    assert all(part is encoded for stages in passes for part, _ in stages)
+    (first, once), (second, again) = experiments.two_stages(encoded, 1)
+    assert (len(first), len(second), once, again) == (3, 2, 1, 1)
+    parts = [p.ids[a:b].tolist() for p in (first, second) for a, b in zip(p.offsets, p.offsets[1:])]
+    whole = [encoded.ids[a:b].tolist() for a, b in zip(encoded.offsets, encoded.offsets[1:])]
+    assert sorted(parts) == sorted(whole) and parts != whole
+    assert first.type_ids.shape == first.ids.shape and (first.offsets.dtype, first.offsets[0]) == (
+        encoded.offsets.dtype, 0,
+    )  # fmt: skip
+
+
 def test_pkd_by_hand(encoded):
     """Catches patience on the last layer or another view than [CLS], and labels that NaN spoils."""
     torch.manual_seed(1)

@@ -594,6 +594,7 @@ def test_layer_map():
 def test_kept_layers():
     """The lowest and the last. Catches an even spread, and a last layer that is lost or doubled."""
     assert kept_layers(6, 3) == (1, 2, 6)
+    assert kept_layers(6, 3, pairs=True) == (2, 4, 6)
     assert kept_layers(12, 1) == (12,)
     assert kept_layers(4, 4) == (1, 2, 3, 4)
 

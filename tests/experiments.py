@@ -211,20 +211,37 @@ def run(tasks, seeds, rows, options):
 # --- tables and picture --------------------------------------------------------------------------
 
 
-def by_seed(found, row, task):
-    """Retention in percent of each seed."""
-    own = [r for r in found if (r["task"], r["row"]) == (task, row)]
-    return {r["seed"]: 100 * r["retention"] for r in own}
+def by_seed(found, row, task, key):
+    """What each seed got."""
+    return {r["seed"]: r[key] for r in found if (r["task"], r["row"]) == (task, row)}
 
 
-def average(found, row):
-    """The mean over the tasks of each seed's retention, for seeds that have all tasks."""
-    kept = [by_seed(found, row, task) for task in TASKS]
-    return [statistics.fmean(k[s] for k in kept) for s in sorted(set.intersection(*map(set, kept)))]
+def average(found, row, key="retention"):
+    """100 times the mean over the tasks, {seed: mean}, of the seeds that have all tasks."""
+    kept = [by_seed(found, row, task, key) for task in TASKS]
+    seeds = sorted(set.intersection(*map(set, kept)))
+    return {seed: 100 * statistics.fmean(k[seed] for k in kept) for seed in seeds}
+
+
+def ratio_of_means(found, row):
+    """The mean score in percent of the teacher's mean score, of each seed that has all tasks."""
+    teacher = average(found, "teacher", "score")
+    return [100 * mean / teacher[s] for s, mean in average(found, row, "score").items()]
+
+
+def gained(found, row):
+    """How much more than this row the full method keeps: mean ± standard error over the seeds."""
+    full, own = average(found, "full"), average(found, row)
+    gains = [full[seed] - own[seed] for seed in full if seed in own]
+    if len(gains) < 2 or row == "full":
+        return f"{gains[0]:+.2f} (1)" if gains and row != "full" else ""
+    error = statistics.stdev(gains) / len(gains) ** 0.5
+    return f"{statistics.fmean(gains):+.2f} ± {error:.2f} ({len(gains)})"
 
 
 def shown(values, digits=1):
     """mean ± sd (n), in a table's cell."""
+    values = list(values)
     if not values:
         return "–"
     sd = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
@@ -232,24 +249,30 @@ def shown(values, digits=1):
 
 
 def tables():
-    """Scores of teachers and students, and retention row by row, in Markdown."""
+    """Scores, shares of the teacher's, distances and speeds, row by row, in Markdown."""
     found = results()
     tasks = list(dict.fromkeys([*TASKS, *(r["task"] for r in found)]))
-    for name, key, unit, digits in (("score", "score", 1, 2), ("% of teacher", "retention", 100, 2),
-                                    ("distance", "distance", 1, 3)):  # fmt: skip
-        print(f"| {name} | " + " | ".join(tasks) + " | mean of the four |")
-        print("|---" * (len(tasks) + 2) + "|")
-        for row in dict.fromkeys(r["row"] for r in found):
-            if row == "teacher" and key != "score":
-                continue
+    rows = list(dict.fromkeys(r["row"] for r in found))
+    for name, key, unit, digits, more in (
+        ("score", "score", 1, 2, ()),
+        ("% of teacher", "retention", 100, 1, ("mean of the four", "ratio of means", "full keeps")),
+        ("distance", "distance", 1, 3, ()),
+        ("times as fast", "speed_up", 1, 2, ()),
+        ("minutes", "seconds", 1 / 60, 1, ()),
+    ):
+        print(f"| {' | '.join([name, *tasks, *more])} |\n{'|---' * (1 + len(tasks) + len(more))}|")
+        for row in rows:
             cells = [
-                shown(
-                    [unit * r[key] for r in found if (r["task"], r["row"]) == (task, row)], digits
-                )
+                [unit * r[key] for r in found if (r["task"], r["row"]) == (task, row) and key in r]
                 for task in tasks
             ]
-            mean = shown(average(found, row), 2) if key == "retention" else ""
-            print(f"| {row} | " + " | ".join(cells) + f" | {mean} |")
+            if not any(cells):
+                continue
+            cells = [shown(values, digits) for values in cells]
+            if more:
+                cells.append(shown(average(found, row).values(), 2))
+                cells += [shown(ratio_of_means(found, row), 2), gained(found, row)]
+            print(f"| {' | '.join([row, *cells])} |")
         print()
 
 
@@ -261,9 +284,9 @@ def draw():
     lines |= {"TinyBERT's recipe": ["tinybert"], "PKD's recipe": ["pkd"]}
     points = {
         name: [
-            (statistics.fmean(r["speed_up"] for r in found if r["row"] == row), average(found, row))
+            (statistics.fmean(r["speed_up"] for r in found if r["row"] == row), list(kept.values()))
             for row in rows
-            if average(found, row)
+            if (kept := average(found, row))
         ]
         for name, rows in lines.items()
     }

@@ -128,11 +128,24 @@ def test_runs_are_written_at_once_and_not_repeated(files, tmp_path, monkeypatch,
     assert capsys.readouterr().out == ""
     assert experiments.main(["tables"]) == 0
     shown = capsys.readouterr().out
-    kept = {(r["task"], r["seed"]): 100 * r["retention"] for r in found if r["row"] == "full"}
-    mean = sum(kept.values()) / 4
-    assert f"{mean:.2f} ±" in next(
-        s for s in shown.split("% of teacher")[1].split("\n") if "full" in s
-    )
+    lines = shown.split("| % of teacher |")[1].split("\n\n")[0].splitlines()
+    cells = {(c := line[2:-2].split(" | "))[0]: c[1:] for line in lines[2:]}
+    scores = {(r["row"], r["task"], r["seed"]): r["score"] for r in found}
+
+    def kept(row, seed):
+        both = [(scores[row, t, seed], scores["teacher", t, seed]) for t in ("SST-2", "STS-B")]
+        return sum(50 * own / full for own, full in both), 100 * sum(o for o, _ in both) / sum(
+            f for _, f in both
+        )
+
+    means = [[kept(row, seed) for seed in (0, 1)] for row in ("full", "pkd")]
+    for which in (0, 1):
+        mean = sum(m[which] for m in means[0]) / 2
+        assert cells["full"][2 + which].startswith(f"{mean:.2f} ± ")
+    gains = [full[0] - own[0] for full, own in zip(*means)]
+    error = abs(gains[0] - gains[1]) / 2  # sd / sqrt 2 of two seeds
+    assert cells["pkd"][4] == f"{sum(gains) / 2:+.2f} ± {error:.2f} (2)"
+    assert cells["full"][4] == "" and len({len(c) for c in cells.values()}) == 1
     assert experiments.main(["draw"]) == 0
     picture = ElementTree.parse(tmp_path / "results.svg").getroot()
     assert len(picture.findall("{*}circle")) == 2 * 3  # full, tinybert, pkd; each in the legend

@@ -40,19 +40,20 @@ class TinyBert:
     First embeddings, hidden states and attention scores token by token, then the soft labels at
     temperature 1; no hard labels.
 
-    Runs the teacher in every step, since nothing token-level can be kept for 100,000 texts.
+    The first stage runs the teacher in every step, since nothing token-level can be kept for
+    100,000 texts; the second, which is given the teacher's logits (n, C), does not.
     """
 
-    def __init__(self, teacher, student, encoded, layers, config, predicting=False):
+    def __init__(self, teacher, student, encoded, layers, config, logits=None):
         self.teacher, self.student, self.encoded = teacher.eval(), student, encoded
-        self.layers, self.config, self.predicting = layers, config, predicting
+        self.layers, self.config, self.logits = layers, config, logits
 
     def __call__(self, output, mask, rows, progress):
+        if self.logits is not None:
+            return {"soft": m.soft_loss(output.logits.float(), self.logits[rows], 1.0)}
         batch = data.collate(self.encoded, rows.numpy())
         with torch.no_grad(), m.autocast(self.config):
             target = self.teacher(**batch)
-        if self.predicting:
-            return {"soft": m.soft_loss(output.logits.float(), target.logits.float(), 1.0)}
         seen = mask.unsqueeze(-1).float()  # (B, T, 1)
         pair = (seen @ seen.transpose(1, 2)).unsqueeze(1)  # (B, 1, T, T)
         hidden = attention = torch.zeros(())
@@ -83,11 +84,12 @@ class TinyBert:
 
 
 def two_stages(texts, epochs):
-    """Texts and passes of TinyBERT's stages: half of the passes each, or of one pass's texts."""
+    """Rows and passes of TinyBERT's stages: half of the passes each, or of one pass's texts."""
+    order, half = np.arange(len(texts)), (len(texts) + 1) // 2
     if epochs > 1:
-        return [(texts, epochs - epochs // 2), (texts, epochs // 2)]
-    order, half = np.random.default_rng(0).permutation(len(texts)), (len(texts) + 1) // 2
-    return [(some(texts, rows), 1) for rows in (order[:half], order[half:])]
+        return [(order, epochs - epochs // 2), (order, epochs // 2)]
+    order = np.random.default_rng(0).permutation(order)
+    return [(order[:half], 1), (order[half:], 1)]
 
 
 def some(encoded, rows):
@@ -139,12 +141,14 @@ def train_peers(config, names):
             if name == "pkd":
                 stages = [(Pkd(ready.cache, config), epochs)]
             else:
-                stages = [
-                    (TinyBert(teacher, student, part, ready.layers, config, predicting), passes)
-                    for predicting, (part, passes) in enumerate(two_stages(texts, epochs))
-                ]
+                stages = []
+                for predicting, (rows, passes) in enumerate(two_stages(texts, epochs)):
+                    logits = ready.cache.logits[rows] if predicting else None
+                    part = some(texts, rows)
+                    objective = TinyBert(teacher, student, part, ready.layers, config, logits)
+                    stages.append((objective, passes))
             for objective, passes in stages:
-                part = objective.encoded if name == "tinybert" else texts
+                part = texts if name == "pkd" else objective.encoded
                 m.train(student, part, objective, config, run.log, epochs=passes, lr=config.lr)
             center, spread = ready.unit
             m.rescale(student, spread, center)

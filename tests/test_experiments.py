@@ -50,7 +50,7 @@ def test_tinybert_by_hand(encoded):
         attention = attention + (scores[0] - scores[1])[pair].square().mean()
     assert terms["hidden"].item() == pytest.approx(hidden.item(), rel=1e-5)
     assert terms["attention"].item() == pytest.approx(attention.item(), rel=1e-5)
-    objective.predicting = True
+    objective.logits = wanted.logits
     terms = objective(output, batch["attention_mask"], rows, 0.9)
     guess, target = (x.logits.log_softmax(-1) for x in (output, wanted))
     divergence = (target.exp() * (target - guess)).sum(-1).mean()
@@ -62,15 +62,14 @@ def test_tinybert_stages(encoded):
     """Catches a stage that a single pass leaves out, and texts lost or cut between the stages."""
     passes = [experiments.two_stages(encoded, n) for n in (2, 3)]
     assert [[n for _, n in stages] for stages in passes] == [[1, 1], [2, 1]]
-    assert all(part is encoded for stages in passes for part, _ in stages)
+    assert all(rows.tolist() == [*range(5)] for stages in passes for rows, _ in stages)
     (first, once), (second, again) = experiments.two_stages(encoded, 1)
     assert (len(first), len(second), once, again) == (3, 2, 1, 1)
-    parts = [p.ids[a:b].tolist() for p in (first, second) for a, b in zip(p.offsets, p.offsets[1:])]
-    whole = [encoded.ids[a:b].tolist() for a, b in zip(encoded.offsets, encoded.offsets[1:])]
-    assert sorted(parts) == sorted(whole) and parts != whole
-    assert first.type_ids.shape == first.ids.shape and (first.offsets.dtype, first.offsets[0]) == (
-        encoded.offsets.dtype, 0,
-    )  # fmt: skip
+    assert sorted([*first, *second]) == [*range(5)] != [*first, *second]
+    part = experiments.some(encoded, np.array([3, 0]))
+    ids = [part.ids[a:b].tolist() for a, b in zip(part.offsets, part.offsets[1:])]
+    assert ids == [encoded.ids[14:19].tolist(), encoded.ids[:3].tolist()]
+    assert len(part.type_ids) == 8 and part.offsets[0] == 0
 
 
 def test_pkd_by_hand(encoded):
@@ -101,6 +100,16 @@ def test_runs_are_written_at_once_and_not_repeated(files, tmp_path, monkeypatch,
     monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results.jsonl")
     monkeypatch.setattr(experiments, "HERE", tmp_path)
     monkeypatch.setattr(experiments, "TASKS", ("SST-2", "STS-B"))
+    train, checked = experiments.m.train, []
+
+    def check_targets(student, texts, objective, config, *more, **named):
+        if getattr(objective, "logits", None) is not None:
+            wanted = experiments.m.predict_logits(objective.teacher, texts, config)
+            assert torch.allclose(objective.logits, wanted, atol=1e-4)
+            checked.append(len(texts))
+        train(student, texts, objective, config, *more, **named)
+
+    monkeypatch.setattr(experiments.m, "train", check_targets)
     options = ["--bert", files / "bert", "--data-dir", files, "--force", *QUICK]
     options = [str(word) for word in options if word != "--no-baseline"]
     options[options.index("--epochs") + 1] = "2"
@@ -109,6 +118,7 @@ def test_runs_are_written_at_once_and_not_repeated(files, tmp_path, monkeypatch,
     first = (tmp_path / "results.jsonl").read_text()
     assert experiments.main([*made, "--seeds", "0,1", "--rows", "full,tinybert,pkd"]) == 0
     assert (tmp_path / "results.jsonl").read_text().startswith(first)
+    assert len(checked) == 4 and min(checked) > 40  # TinyBERT's second stages
     found = experiments.results()
     rows = ["full", "pkd", "teacher", "tinybert"]
     for task in ("SST-2", "STS-B"):

@@ -241,7 +241,7 @@ def transfer_texts(
             if len(kept) >= limit:
                 break
             if source is own:
-                text = _perturb_pair(text, own, rng) if pairs else _perturb(text, own, rng)
+                text = _perturb_pair(text, own, rng) if pairs else _drop_words(text, rng)
             elif pairs and isinstance(text, str):
                 text = _pair_up(text, alone if source is first else sentences, rng)
             if any(_plain(s) in banned for s in sentences_of([text])):
@@ -287,17 +287,6 @@ def _plain(text: str) -> str:
 def _drop_words(text: str, rng: random.Random, rate: float = 0.15) -> str:
     words = text.split()
     return " ".join(word for word in words if rng.random() >= rate) or text
-
-
-def _perturb(text: str, own: Texts, rng: random.Random) -> str:
-    """Words left out, words of another text in their place, or another text after it."""
-    kind, other = rng.random(), rng.choice(own)
-    if kind < 1 / 3:
-        return _drop_words(text, rng)
-    if kind < 2 / 3 and other.split():
-        words = other.split()
-        return " ".join(rng.choice(words) if rng.random() < 0.15 else w for w in text.split())
-    return f"{text} {other}"
 
 
 def _pair_up(text: str, sentences: Sequence[str], rng: random.Random) -> tuple[str, str]:

@@ -61,6 +61,11 @@ class Task:
         return not self.labels and bool(self.label)
 
     @property
+    def pairs(self) -> bool:
+        """Pairs of sentences in place of single ones."""
+        return len(self.text) == 2
+
+    @property
     def spelling(self) -> tuple[str, ...]:
         """The classes as the files spell them."""
         return self.cells or self.labels

@@ -2046,8 +2046,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     if needs_experts(config):
         with log.timed("experts", "fits experts and gate to the task on the teacher's features"):
             experts = make_experts(ready.cache, config)
-    pairs = len(task.text) == 2
-    keep = keep_layers(config, teacher.config.num_hidden_layers, pairs=pairs)
+    keep = keep_layers(config, teacher.config.num_hidden_layers, pairs=task.pairs)
     with log.timed("pruned", f"the teacher's layers {', '.join(map(str, keep))}, as they are"):
         pruned = prune(teacher.cpu(), keep)
         del teacher  # its memory is the student's now
@@ -2396,7 +2395,7 @@ def train_rows(
     for row, asked in rows.items():
         own = run._replace(config=asked)
         depth = teacher.config.num_hidden_layers
-        keep = keep_layers(asked, depth, pairs=len(run.task.text) == 2)
+        keep = keep_layers(asked, depth, pairs=run.task.pairs)
         mine = ready.only(aligned_layers(asked, depth))
         with run.log.timed(row, f"a student of layers {', '.join(map(str, keep))}"):
             experts = make_experts(mine.cache, asked) if needs_experts(asked) else None

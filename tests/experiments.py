@@ -133,8 +133,8 @@ def train_peers(config, names):
     wanted = m.predict_logits(teacher, dev, in_fp32)
     depth = teacher.config.num_hidden_layers
     for name in names:
-        pairs = len(run.task.text) == 2
-        keep = ready.layers if name == "tinybert" else m.keep_layers(config, depth, pairs=pairs)
+        own = m.keep_layers(config, depth, pairs=run.task.pairs)
+        keep = ready.layers if name == "tinybert" else own
         student = m.prune(teacher.cpu(), keep)
         m.set_dropout(student, config.dropout)
         with run.log.timed(name, f"a student of layers {', '.join(map(str, keep))}"):
@@ -237,8 +237,10 @@ def gained(found, row):
     """How much more than this row the full method keeps: mean ± standard error over the seeds."""
     full, own = average(found, "full"), average(found, row)
     gains = [full[seed] - own[seed] for seed in full if seed in own]
-    if len(gains) < 2 or row == "full":
-        return f"{gains[0]:+.2f} (1)" if gains and row != "full" else ""
+    if not gains or row == "full":
+        return ""
+    if len(gains) == 1:
+        return f"{gains[0]:+.2f} (1)"
     error = statistics.stdev(gains) / len(gains) ** 0.5
     return f"{statistics.fmean(gains):+.2f} ± {error:.2f} ({len(gains)})"
 

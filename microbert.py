@@ -213,7 +213,7 @@ class DistillConfig:
 
     temperature: float = opt(2.0, "tau of the soft targets")
     soft_weight: float = opt(0.7, "weight a of the soft targets; the hard labels have 1 - a")
-    alignment_weight: float = opt(1.0, "weight b of the feature alignment loss")
+    alignment_weight: float = opt(3.0, "weight b of the feature alignment loss")
     adversarial_weight: float = opt(0.05, "weight c of the adversarial loss, once ramped up")
     expert_size: int = opt(128, "width P of an expert's projection")
     routing: str = opt("task", "'task': one gate per layer; 'sentence': a gate for each sentence")
@@ -230,7 +230,9 @@ class DistillConfig:
         0, "passes over training and transfer text; 0 chooses by their size", group="training"
     )
     teacher_epochs: int = opt(0, "passes of the teacher's fine-tuning; 0 chooses")
-    lr: float = opt(0.0, "the student's peak learning rate; 0 is 3e-4, or 1e-3 for toy")
+    lr: float = opt(
+        0.0, "the student's peak learning rate; 0 is 3e-4, 1e-4 for CoLA, 1e-3 for toy"
+    )
     teacher_lr: float = opt(0.0, "the teacher's peak learning rate; 0 chooses")
     batch_size: int = opt(32, "texts per step")
     warmup: float = opt(0.1, "share of the steps in which the learning rate rises")
@@ -1599,7 +1601,7 @@ _TEACHERS = {"toy": (1e-3, 10), "CoLA": (5e-5, 5), "MRPC": (1e-4, 5), "SST-2": (
 
 def settle(config: DistillConfig) -> DistillConfig:
     """The config without its zeros that mean 'automatic', or ValueError for what cannot be."""
-    lr = config.lr or (1e-3 if config.task == "toy" else 3e-4)
+    lr = config.lr or {"toy": 1e-3, "CoLA": 1e-4}.get(config.task, 3e-4)
     teacher_lr = config.teacher_lr or _TEACHERS.get(config.task, (5e-5, 0))[0]
     config = replace(config, lr=lr, teacher_lr=teacher_lr)
     if config.precision == "auto":
@@ -1640,8 +1642,8 @@ def settle(config: DistillConfig) -> DistillConfig:
     return config
 
 
-def auto_epochs(examples: int, budget: int, batch_size: int, least: int = 1) -> int:
-    """Passes that show at least `budget` examples, `least` to 10, or make 200 steps: OURS(9)."""
+def auto_epochs(examples: int, budget: int, batch_size: int, least: int) -> int:
+    """Passes that show `budget` examples, `least` to 10, or make 200 steps: OURS(9)."""
     steps = math.ceil(examples / batch_size)
     return max(min(max(math.ceil(budget / examples), least), 10), math.ceil(200 / steps))
 
@@ -2137,14 +2139,15 @@ def needs_experts(config: DistillConfig) -> bool:
 def texts_and_passes(run: Run, ready: Prepared) -> tuple["data.Encoded", int]:
     """What a student is trained on and how often; without the teacher, on the labelled texts."""
     config, texts = run.config, ready.encoded
-    distils, toy = config.soft or config.fal or config.gan, run.task.name == "toy"
+    distils = config.soft or config.fal or config.gan
     if not (config.transfer_ratio and distils):
         texts = texts.first(ready.labelled)
     if config.epochs:
         return texts, config.epochs
     if not distils:
         return texts, fine_tuning_epochs(config, run.task, len(texts))
-    return texts, auto_epochs(len(texts), 24_000 if toy else 50_000, config.batch_size)
+    few = len(texts) <= 50_000
+    return texts, auto_epochs(len(texts), 24_000, config.batch_size, least=2 if few else 1)
 
 
 def make_student(run: Run, ready: Prepared, pruned: Bert, experts: SentenceExperts | None) -> Bert:

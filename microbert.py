@@ -230,9 +230,7 @@ class DistillConfig:
         0, "passes over training and transfer text; 0 chooses by their size", group="training"
     )
     teacher_epochs: int = opt(0, "passes of the teacher's fine-tuning; 0 chooses")
-    lr: float = opt(
-        0.0, "the student's peak learning rate; 0 is 3e-4, 1e-4 for CoLA, 1e-3 for toy"
-    )
+    lr: float = opt(0.0, "the student's peak learning rate; 0 is 3e-4, 1e-4 for CoLA, 1e-3 for toy")
     teacher_lr: float = opt(0.0, "the teacher's peak learning rate; 0 chooses")
     batch_size: int = opt(32, "texts per step")
     warmup: float = opt(0.1, "share of the steps in which the learning rate rises")

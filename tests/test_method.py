@@ -374,7 +374,7 @@ def test_terms_are_weighted_and_switched(tmp_path):
     expected = {
         "hard": 0.3 * hard_loss(output.logits, cache.labels[rows]),
         "soft": 0.7 * soft_loss(output.logits, cache.logits[rows], 2.0),
-        "align": alignment_loss(features, cache.features[rows].float(), experts),
+        "align": 3 * alignment_loss(features, cache.features[rows].float(), experts),
     }
     for name, value in expected.items():
         torch.testing.assert_close(terms[name], value)
@@ -398,7 +398,7 @@ def test_experts_can_be_switched_off(tmp_path):
     terms = objective(output, batch["attention_mask"], torch.arange(8), 1.0)
     features = sentence_features(output.hidden_states[1:], batch["attention_mask"])
     teacher = objective.cache.features[:8].float()
-    torch.testing.assert_close(terms["align"], (features - teacher).square().mean())
+    torch.testing.assert_close(terms["align"], 3 * (features - teacher).square().mean())
     assert objective.discriminator.layers[0].in_features == 16 + 2
 
 

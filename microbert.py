@@ -6,6 +6,7 @@
 [4] Shazeer et al. 2017, mixture of experts  https://arxiv.org/abs/1701.06538
 [5] Goodfellow et al. 2014, GAN              https://arxiv.org/abs/1406.2661
 [6] Miyato et al. 2018, spectral norm        https://arxiv.org/abs/1802.05957
+[7] Menon et al. 2021, logit adjustment      https://arxiv.org/abs/2007.07314
 
 Shapes: B batch, T tokens, H hidden_size, N heads, L layers, K matched layers, E = 3 experts
 (cls, max, mean), P expert_size, C labels, F what a discriminator sees of a text, n examples.
@@ -210,6 +211,7 @@ class DistillConfig:
     fal: bool = opt(True, "feature alignment loss")
     gan: bool = opt(True, "discriminator and adversarial loss")
     soft: bool = opt(True, "soft targets")
+    match: bool = opt(True, "at the end the student gives each class as often as the teacher does")
 
     temperature: float = opt(2.0, "tau of the soft targets")
     soft_weight: float = opt(0.7, "weight a of the soft targets; the hard labels have 1 - a")
@@ -223,6 +225,11 @@ class DistillConfig:
     )
     transfer_ratio: float = opt(
         -1.0, "transfer texts, of every source, per training example; -1 chooses, 0 is none"
+    )
+    logit_adjustment: float = opt(
+        -1.0,
+        "tau of the logit adjustment: answers that leave out how frequent the classes are; "
+        "-1 is 1 for CoLA, else 0",
     )
     dropout: float = opt(0.0, "dropout of the student while it is trained")
 
@@ -484,17 +491,33 @@ def soft_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Ten
     return F.kl_div(guess, target, reduction="batchmean", log_target=True) * temperature**2
 
 
-def hard_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def hard_loss(logits: Tensor, labels: Tensor, offset: Tensor | float = 0.0) -> Tensor:
     """Cross-entropy, or squared error where C = 1; logits (B, C), labels (B,) -> ()
 
     The mean is over all B; a label NaN, of a text that has none, adds 0.
+    offset: added to the logits first, (C,); see `class_offset`.
     """
+    logits = logits + offset
     known, target = ~labels.isnan(), labels.nan_to_num()  # (B,)
     if logits.shape[-1] == 1:
         each = (logits[:, 0] - target).square()  # (B,)
     else:
         each = F.cross_entropy(logits, target.long(), reduction="none")  # (B,)
     return (each * known).mean()
+
+
+def class_offset(labels: Tensor, classes: int, tau: float) -> Tensor:
+    """tau times the logarithm of each class's share of the labels, (C,); 0 for scores: OURS(13).
+
+    Added to the logits of `hard_loss` alone it is logit adjustment [7]: what the model answers
+    leaves the shares out, as if all classes were equally frequent (tau 1).
+    labels (n,), NaN where there is none; a negative tau, of a config not settled, is 0.
+    """
+    if classes == 1 or tau <= 0:
+        return torch.zeros(classes)
+    counts = torch.bincount(labels[~labels.isnan()].long(), minlength=classes)  # (C,)
+    shares = counts.clamp_min(1) / counts.sum().clamp_min(1)
+    return tau * shares.log()
 
 
 # --- sentence features, mixture of experts, feature alignment ------------------------------------
@@ -580,15 +603,17 @@ def fit_experts(
     *,
     temperature: float = 2.0,
     balance_weight: float = 0.01,
+    offset: Tensor | float = 0.0,
     steps: int = 300,
     batch_size: int = 256,
     seed: int = 0,
 ) -> SentenceExperts:
     """Teaches experts and gate to predict the task from the teacher's features, then freezes them.
 
-    features (n, K, E, H), logits (n, C), labels (n,) with NaN for unlabelled. OURS(3): trained on
-    the alignment loss itself they would collapse to a constant. OURS(4): CV^2 of the mean gate,
-    the importance loss of [4, section 4], keeps every expert in use.
+    features (n, K, E, H), logits (n, C), labels (n,) with NaN for unlabelled; offset (C,) of the
+    labels' loss, see `class_offset`. OURS(3): trained on the alignment loss itself they would
+    collapse to a constant. OURS(4): CV^2 of the mean gate, the importance loss of
+    [4, section 4], keeps every expert in use.
     """
     device = experts.gate_bias.device
     gate_parameters = [p for p in (experts.gate_bias, experts.router) if p is not None]
@@ -603,7 +628,7 @@ def fit_experts(
         guesses = experts.predict(experts(batch, gate))  # (B, K, C)
         known = labels[rows].to(device)
         task = sum(
-            hard_loss(guess, known) + soft_loss(guess, target, temperature)
+            hard_loss(guess, known, offset) + soft_loss(guess, target, temperature)
             for guess in guesses.unbind(1)
         )
         (task + balance_weight * importance_loss(gate)).backward()
@@ -709,6 +734,9 @@ class Distillation:
     ) -> None:
         self.cache, self.experts, self.config = cache, experts, config
         self.soft_weight = config.soft_weight if config.soft else 0.0
+        classes = cache.logits.shape[1]
+        offset = class_offset(cache.labels, classes, config.logit_adjustment)  # (C,)
+        self.offset = offset.to(resolve_device(config.device))
         self.stateful: dict[str, Any] = {}
         if config.gan:
             torch.manual_seed(config.seed)
@@ -726,7 +754,7 @@ class Distillation:
         config, device = self.config, output.logits.device
         logits, labels = output.logits.float(), ship(self.cache.labels[rows], device)
         target = ship(self.cache.logits[rows], device)  # (B, C)
-        terms = {"hard": (1 - self.soft_weight) * hard_loss(logits, labels)}
+        terms = {"hard": (1 - self.soft_weight) * hard_loss(logits, labels, self.offset)}
         if config.soft:
             terms["soft"] = self.soft_weight * soft_loss(logits, target, config.temperature)
         if not (config.fal or config.gan):
@@ -1601,7 +1629,9 @@ def settle(config: DistillConfig) -> DistillConfig:
     """The config without its zeros that mean 'automatic', or ValueError for what cannot be."""
     lr = config.lr or {"toy": 1e-3, "CoLA": 1e-4}.get(config.task, 3e-4)
     teacher_lr = config.teacher_lr or _TEACHERS.get(config.task, (5e-5, 0))[0]
-    config = replace(config, lr=lr, teacher_lr=teacher_lr)
+    tau = config.logit_adjustment
+    tau = tau if tau >= 0 else float(config.task == "CoLA")  # Matthews' score wants balance
+    config = replace(config, lr=lr, teacher_lr=teacher_lr, logit_adjustment=tau)
     if config.precision == "auto":
         trains = not config.checkpoint  # to evaluate and to predict, fp32
         fast = trains and has_fast_bf16(resolve_device(config.device))
@@ -1903,16 +1933,17 @@ def refuse_majority(task: "glue.Task", dev: "glue.Examples", reached: float, for
 
 def gather_transfer(
     config: DistillConfig, task: "glue.Task", train_texts: Sequence[Any]
-) -> list[Any]:
+) -> tuple[list[Any], list[Any]]:
     """Unlabelled texts for the student's epochs: the task's own perturbed, and other tasks' text.
 
-    OURS(10). Nothing that occurs in the task's dev or test split.
+    OURS(10). Nothing that occurs in the task's dev or test split. Second come up to 2,000 more of
+    the kind, none of them trained on, for `match_answers`; none for scores.
     """
     import data
     import glue
 
     if not config.transfer_ratio:
-        return []
+        return [], []
     others, held_out, given = [], [], []
     for where, text in read_lines(Path(config.transfer)) if config.transfer else ():
         if isinstance(text, ValueError):
@@ -1942,7 +1973,11 @@ def gather_transfer(
         f"transfer text: {len(texts)} unlabelled{used}, "
         f"{left_out} left out for occurring in dev or test"
     )
-    return texts
+    if task.regression or not config.match:
+        return texts, []
+    more, _ = data.transfer_texts(train_texts, others, held_out, 2000, config.seed + 1)
+    trained = {*texts, *train_texts}
+    return texts, [text for text in more if text not in trained]
 
 
 def keep_layers(
@@ -1992,12 +2027,14 @@ def make_teacher(run: Run) -> tuple[Bert, "Tokenizer", "data.Encoded", Tensor]:
         gold = train_set.gold[row]
         print(f"example {row + 1}: {tokens} -> {task.labels[gold] if task.labels else f'{gold:g}'}")
     if not config.teacher:
+        offset = class_offset(labels, len(teacher.config.labels), config.logit_adjustment)
+        offset = offset.to(resolve_device(config.device))
 
         def objective(
             output: BertOutput, mask: Tensor, rows: Tensor, progress: float
         ) -> dict[str, Tensor]:
             known = ship(labels[rows], output.logits.device)
-            return {"hard": hard_loss(output.logits.float(), known)}
+            return {"hard": hard_loss(output.logits.float(), known, offset)}
 
         epochs = fine_tuning_epochs(config, task, len(encoded))
         train(
@@ -2057,6 +2094,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
             student = load_bert(out / "student")
         else:
             student = make_student(run, ready, pruned, experts)
+            match_answers(student, ready, config)
         results["student"] = score_model(student, ready.tokenizer, task, config, log)
     save_bert(student, out / "student", tokenizer_from=out / "teacher")
 
@@ -2085,6 +2123,8 @@ class Prepared(NamedTuple):
     layers: tuple[int, ...]  # of the teacher, those with features in the cache
     tokenizer: "Tokenizer"
     unit: tuple[float, float]  # mean and standard deviation of the training scores
+    unseen: "data.Encoded"  # texts that nothing is trained on
+    answers: Tensor  # (n, C), the teacher's logits for them
 
     def only(self, layers: tuple[int, ...]) -> "Prepared":
         """The same with these layers alone in the cache, in memory if that leaves any out."""
@@ -2111,7 +2151,7 @@ def prepare(run: Run) -> tuple[Bert, Prepared]:
     import data
 
     config, task, log = run.config, run.task, run.log
-    transfer = gather_transfer(config, task, run.train_set.texts)
+    transfer, unseen = gather_transfer(config, task, run.train_set.texts)
     count = len(run.train_set.texts)
     what = "as it was given" if config.teacher else f"fine-tunes a BERT on the {count:,} texts"
     with log.timed("teacher", what):
@@ -2126,7 +2166,10 @@ def prepare(run: Run) -> tuple[Bert, Prepared]:
         center, spread = score_unit(task, run.train_set.gold)
         rescale(teacher, 1 / spread, -center / spread)
         cache = teacher_pass(teacher, encoded, labels, layers, config, cache_path(run), log)
-    return teacher, Prepared(encoded, count, cache, layers, tokenizer, (center, spread))
+        more = data.encode(tokenizer, unseen)
+        said = predict_logits(teacher, more, replace(config, precision="fp32"))
+    unit = (center, spread)
+    return teacher, Prepared(encoded, count, cache, layers, tokenizer, unit, more, said)
 
 
 def needs_experts(config: DistillConfig) -> bool:
@@ -2160,6 +2203,41 @@ def make_student(run: Run, ready: Prepared, pruned: Bert, experts: SentenceExper
     center, spread = ready.unit
     rescale(student, spread, center)
     return student
+
+
+def match_answers(student: Bert, ready: Prepared, config: DistillConfig) -> Tensor:
+    """Shifts the student's classifier until it gives each class as often as the teacher: OURS(14).
+
+    Counted on texts that neither was trained on; they need no labels. What was pruned leaves the
+    student surer of the frequent class than its teacher is. Returns what was added to the logits,
+    (C,): zeros for scores, or where there is nothing to count.
+    """
+    if not (config.match and len(ready.unseen)):
+        return torch.zeros(ready.answers.shape[1])
+    own = predict_logits(student, ready.unseen, replace(config, precision="fp32"))
+    shift = matching_shift(own, ready.answers)
+    with torch.no_grad():
+        student.classifier.bias.add_(shift.to(student.classifier.bias.device))
+    return shift
+
+
+def matching_shift(student: Tensor, teacher: Tensor, rounds: int = 10, few: int = 10) -> Tensor:
+    """What to add to the student's logits so that its answers are as frequent as the teacher's.
+
+    student, teacher: logits (n, C) of the same texts -> (C,), mean 0. Class by class the shift goes
+    half-way between the texts where the count is met, round after round; a class that the teacher
+    gives to fewer than `few` texts, or to all but so few, is left alone.
+    """
+    count, classes = student.shape
+    shift = torch.zeros(classes)
+    wanted = torch.bincount(teacher.argmax(1), minlength=classes).tolist()
+    able = [c for c in range(classes) if classes > 1 and few <= wanted[c] <= count - few]
+    for _ in range(rounds):
+        for c in able:
+            others = (student + shift).index_fill(1, torch.tensor(c), -torch.inf).amax(1)  # (n,)
+            lead = (others - student[:, c]).sort().values  # class c wins where shift[c] is more
+            shift[c] = lead[wanted[c] - 1 : wanted[c] + 1].mean()
+    return shift - shift.mean()
 
 
 def set_dropout(model: Bert, rate: float) -> None:
@@ -2203,8 +2281,10 @@ def make_experts(cache: TeacherCache, config: DistillConfig) -> SentenceExperts:
     experts = SentenceExperts(
         matched, hidden, config.expert_size, cache.logits.shape[1], config.routing
     ).to(resolve_device(config.device))
+    offset = class_offset(cache.labels, cache.logits.shape[1], config.logit_adjustment)
     fit_experts(
         experts, *cache, temperature=config.temperature, balance_weight=config.balance_weight,
+        offset=offset.to(experts.gate_bias.device),
         seed=config.seed,
     )  # fmt: skip
     gate = experts.gate(cache.features[:512].to(experts.gate_bias.device).float()).mean(0)
@@ -2278,12 +2358,17 @@ _ROWS: dict[str, dict[str, Any]] = {
     "no-gan": {"gan": False},
     "no-soft": {"soft": False},
     "no-transfer": {"transfer_ratio": 0.0},
+    "no-match": {"match": False},
     "soft-only": {"moe": False, "fal": False, "gan": False},
-    "labels-only": {"moe": False, "fal": False, "gan": False, "soft": False, "epochs": 0},
+    "labels-only": {
+        **dict.fromkeys(("moe", "fal", "gan", "soft", "match"), False),
+        "epochs": 0,
+    },
 }
-_STUDENT = ("layers", "keep_layers", "moe", "fal", "gan", "soft", "temperature", "soft_weight",
-            "alignment_weight", "adversarial_weight", "expert_size", "routing", "balance_weight",
-            "dropout", "epochs", "lr", "batch_size", "warmup", "weight_decay", "clip")  # fmt: skip
+_STUDENT = ("layers", "keep_layers", "moe", "fal", "gan", "soft", "match", "temperature",
+            "soft_weight", "alignment_weight", "adversarial_weight", "expert_size", "routing",
+            "balance_weight", "logit_adjustment", "dropout", "epochs", "lr", "batch_size", "warmup",
+            "weight_decay", "clip")  # fmt: skip
 
 
 def row_names(rows: str) -> list[str]:
@@ -2378,9 +2463,11 @@ def train_rows(
     """One seed's results: its teacher's, unless that was `taught` before, then the students'.
 
     distance: mean KL divergence of a student's dev answers from the teacher's, in nats; for scores
-    the mean squared difference, in `score_unit`s. It is less noisy than a score.
+    the mean squared difference, in `score_unit`s. It is less noisy than a score. unmatched: the
+    score without `match_answers`.
     """
     import data
+    import glue
 
     run = start_run(config, [*rows.values()])
     if taught:
@@ -2401,12 +2488,15 @@ def train_rows(
         with run.log.timed(row, f"a student of layers {', '.join(map(str, keep))}"):
             experts = make_experts(mine.cache, asked) if needs_experts(asked) else None
             student = make_student(own, mine, prune(teacher.cpu(), keep), experts)
+            shift = match_answers(student, mine, asked)
             scores = score_model(student, ready.tokenizer, run.task, asked, run.log)
         texts, epochs = texts_and_passes(own, ready)
         speeds = examples_per_second([teacher, student], dev.first(min(128, len(dev))), config)
-        given = (predict_logits(student, dev, in_fp32) - center) / spread  # (n, C)
+        given = predict_logits(student, dev, in_fp32)  # (n, C)
+        unmatched = glue.score(run.task, run.dev.gold, answers(given - shift))["score"]
+        distance = soft_loss((given - center) / spread, wanted).item()
         yield {
-            "row": row, "seed": config.seed, **scores, "distance": soft_loss(given, wanted).item(),
+            "row": row, "seed": config.seed, **scores, "distance": distance, "unmatched": unmatched,
             "retention": scores["score"] / reached["score"] if reached["score"] else None,
             "speed_up": speeds[1] / speeds[0],
             "updates": epochs * math.ceil(len(texts) / asked.batch_size),

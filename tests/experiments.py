@@ -107,12 +107,14 @@ class Pkd:
 
     def __init__(self, cache, config):
         self.cache, self.config = cache, config
+        classes = cache.logits.shape[1]
+        self.offset = m.class_offset(cache.labels, classes, config.logit_adjustment)
 
     def __call__(self, output, mask, rows, progress):
         logits, share = output.logits.float(), self.config.soft_weight
         labels, target = self.cache.labels[rows], self.cache.logits[rows]
         terms = {
-            "hard": (1 - share) * m.hard_loss(logits, labels),
+            "hard": (1 - share) * m.hard_loss(logits, labels, self.offset),
             "soft": share * m.soft_loss(logits, target, self.config.temperature),
         }
         own = torch.stack([h[:, 0].float() for h in output.hidden_states[1:-1]], dim=1)  # (B, K, H)

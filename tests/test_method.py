@@ -18,12 +18,15 @@ from microbert import (
     DistillConfig,
     FeatureMapping,
     SentenceExperts,
+    TeacherCache,
     adversarial_loss,
     alignment_loss,
+    class_offset,
     discriminator_loss,
     fit_experts,
     hard_loss,
     importance_loss,
+    matching_shift,
     model_outputs,
     prune,
     schedule,
@@ -324,6 +327,85 @@ def test_hard_loss_by_hand():
     assert loss.item() == pytest.approx(math.log(2) / 2)
     assert logits.grad[0].abs().sum() > 0 and logits.grad[1].abs().sum() == 0
     assert hard_loss(torch.tensor([[3.0], [7.0]]), labels).item() == pytest.approx(2.0)
+
+
+def test_logit_adjustment_by_hand():
+    """Catches counts of unlabelled texts, a missing class that makes the loss infinite, tau."""
+    labels = torch.tensor([1.0, 1.0, torch.nan, 0.0, 1.0])
+    offset = class_offset(labels, 2, 1.0)
+    torch.testing.assert_close(offset, torch.tensor([0.25, 0.75]).log())
+    torch.testing.assert_close(class_offset(labels, 2, 0.5), offset / 2)
+    for none in (class_offset(labels, 2, 0.0), class_offset(labels, 1, 1.0)):
+        assert not none.any()
+    assert class_offset(labels, 3, 1.0).isfinite().all()
+    loss = hard_loss(torch.zeros(1, 2), torch.tensor([0.0]), offset)
+    assert loss.item() == pytest.approx(-math.log(0.25))  # the class of every fourth text
+
+
+def test_logit_adjustment_leaves_the_frequency_out(tmp_path):
+    """Catches an offset that is added to the answers, subtracted, or not used by the objective.
+
+    A model that sees nothing but frequencies ends undecided, without the adjustment at log 3.
+    """
+    labels = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    cache = TeacherCache(torch.zeros(4, 2, 3, 16), torch.zeros(4, 2), labels)
+    for tau, gap in ((1.0, 0.0), (0.0, math.log(3))):
+        config = DistillConfig(soft=False, fal=False, gan=False, logit_adjustment=tau, device="cpu")
+        objective, bias = Distillation(cache, None, config), torch.zeros(2, requires_grad=True)
+        optimizer = torch.optim.SGD([bias], lr=1.0)
+        for _ in range(200):
+            output = BertOutput(bias.expand(4, 2), ())
+            objective(output, torch.ones(4, 1), torch.arange(4), 0.5)["hard"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert (bias[1] - bias[0]).item() == pytest.approx(gap, abs=1e-3)
+
+
+# --- the student's answers -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [2, 3, 7])
+def test_matching_shift_makes_answers_as_frequent(classes):
+    """Catches a shift of the wrong sign, one class that is met at another's cost, a common drift.
+
+    The student's logits are the teacher's, noisier and in favour of one class.
+    """
+    torch.manual_seed(classes)
+    teacher = 3 * torch.randn(900, classes)
+    bias = torch.linspace(-1.5, 1.5, classes)
+    student = teacher + torch.randn(900, classes) + bias
+    shift = matching_shift(student, teacher)
+    wanted, before, after = (
+        torch.bincount(logits.argmax(1), minlength=classes)
+        for logits in (teacher, student, student + shift)
+    )
+    assert (before - wanted).abs().max() > 60 and (after - wanted).abs().max() <= 2
+    assert shift.sum().abs() < 1e-4 and shift[0] > 0 > shift[-1]
+
+
+def test_matching_shift_by_hand():
+    """Leads of class 1: -4 .. 3; the teacher gives it to two texts: half-way to the second, 1.5.
+
+    Mean 0, so half of it each. Catches counts off by one.
+    """
+    lead = torch.arange(-4.0, 4.0)
+    student = torch.stack([torch.zeros(8), lead], dim=1)
+    teacher = torch.tensor([[1.0, 0.0]] * 6 + [[0.0, 1.0]] * 2)
+    shift = matching_shift(student, teacher, few=1)
+    assert shift.tolist() == pytest.approx([0.75, -0.75])
+
+
+def test_matching_shift_leaves_rare_classes_alone():
+    """Catches a shift of any size that a class of a handful of texts asks for."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(300, 2), torch.randn(300, 2)
+    teacher[:, 1] -= 10
+    assert not matching_shift(student, teacher).any()
+    assert not matching_shift(student[:, :1], teacher[:, :1]).any()
+    assert not matching_shift(student[:0], teacher[:0]).any()
+    three = torch.cat([teacher, teacher[:, :1] + torch.randn(300, 1)], dim=1)
+    shift = matching_shift(torch.randn(300, 3), three)
+    assert shift[0] != 0 and shift[2] != 0
 
 
 # --- the teacher's pass --------------------------------------------------------------------------

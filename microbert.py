@@ -2216,6 +2216,8 @@ def match_answers(student: Bert, ready: Prepared, config: DistillConfig) -> Tens
         return torch.zeros(ready.answers.shape[1])
     own = predict_logits(student, ready.unseen, replace(config, precision="fp32"))
     shift = matching_shift(own, ready.answers)
+    changed = ((own + shift).argmax(1) != own.argmax(1)).sum().item()
+    print(f"answers: made as frequent as the teacher's, {changed} of {len(own):,} texts change")
     with torch.no_grad():
         student.classifier.bias.add_(shift.to(student.classifier.bias.device))
     return shift
@@ -2512,7 +2514,8 @@ def summarize(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in dict.fromkeys(run["row"] for run in runs):
         own = [run for run in runs if run["row"] == row]
         line: dict[str, Any] = {"row": row, "n": len(own)}
-        for name in ("score", "retention", "distance", "speed_up", "updates", "seconds"):
+        names = ("score", "retention", "unmatched", "distance", "speed_up", "updates", "seconds")
+        for name in names:
             found = [run[name] for run in own if run.get(name) is not None]
             if found:
                 line[name] = statistics.fmean(found)
@@ -2532,11 +2535,13 @@ def print_ablation(report: dict[str, Any]) -> None:
 
     width = max(len(line["row"]) for line in report["table"])
     print(f"\n{report['task']} dev, {report['metric']}, mean +- sd over n seeds")
-    print(f"{'':{width}}   n           score    of teacher, %   distance   speed-up  updates")
+    head = "   n           score    of teacher, %  unmatched   distance   speed-up  updates"
+    print(" " * width + head)
     for line in report["table"]:
         kept, cells = spread(line, "retention", 100), ""
         if "speed_up" in line:
-            cells = f"{line['distance']:11.4f}{line['speed_up']:11.2f}{line['updates']:9,.0f}"
+            cells = f"{line['unmatched']:11.2f}{line['distance']:11.4f}"
+            cells += f"{line['speed_up']:11.2f}{line['updates']:9,.0f}"
         print(f"{line['row']:{width}}{line['n']:4}{spread(line, 'score', 1):>16}{kept:>17}{cells}")
 
 

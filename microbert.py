@@ -211,7 +211,6 @@ class DistillConfig:
     fal: bool = opt(True, "feature alignment loss")
     gan: bool = opt(True, "discriminator and adversarial loss")
     soft: bool = opt(True, "soft targets")
-    match: bool = opt(True, "at the end the student gives each class as often as the teacher does")
 
     temperature: float = opt(2.0, "tau of the soft targets")
     soft_weight: float = opt(0.7, "weight a of the soft targets; the hard labels have 1 - a")
@@ -1933,17 +1932,16 @@ def refuse_majority(task: "glue.Task", dev: "glue.Examples", reached: float, for
 
 def gather_transfer(
     config: DistillConfig, task: "glue.Task", train_texts: Sequence[Any]
-) -> tuple[list[Any], list[Any]]:
+) -> list[Any]:
     """Unlabelled texts for the student's epochs: the task's own perturbed, and other tasks' text.
 
-    OURS(10). Nothing that occurs in the task's dev or test split. Second come up to 2,000 more of
-    the kind, none of them trained on, for `match_answers`; none for scores.
+    OURS(10). Nothing that occurs in the task's dev or test split.
     """
     import data
     import glue
 
     if not config.transfer_ratio:
-        return [], []
+        return []
     others, held_out, given = [], [], []
     for where, text in read_lines(Path(config.transfer)) if config.transfer else ():
         if isinstance(text, ValueError):
@@ -1973,11 +1971,7 @@ def gather_transfer(
         f"transfer text: {len(texts)} unlabelled{used}, "
         f"{left_out} left out for occurring in dev or test"
     )
-    if task.regression or not config.match:
-        return texts, []
-    more, _ = data.transfer_texts(train_texts, others, held_out, 2000, config.seed + 1)
-    trained = {*texts, *train_texts}
-    return texts, [text for text in more if text not in trained]
+    return texts
 
 
 def keep_layers(
@@ -2094,7 +2088,6 @@ def distill(config: DistillConfig) -> dict[str, Any]:
             student = load_bert(out / "student")
         else:
             student = make_student(run, ready, pruned, experts)
-            match_answers(student, ready, config)
         results["student"] = score_model(student, ready.tokenizer, task, config, log)
     save_bert(student, out / "student", tokenizer_from=out / "teacher")
 
@@ -2123,8 +2116,6 @@ class Prepared(NamedTuple):
     layers: tuple[int, ...]  # of the teacher, those with features in the cache
     tokenizer: "Tokenizer"
     unit: tuple[float, float]  # mean and standard deviation of the training scores
-    unseen: "data.Encoded"  # texts that nothing is trained on
-    answers: Tensor  # (n, C), the teacher's logits for them
 
     def only(self, layers: tuple[int, ...]) -> "Prepared":
         """The same with these layers alone in the cache, in memory if that leaves any out."""
@@ -2151,7 +2142,7 @@ def prepare(run: Run) -> tuple[Bert, Prepared]:
     import data
 
     config, task, log = run.config, run.task, run.log
-    transfer, unseen = gather_transfer(config, task, run.train_set.texts)
+    transfer = gather_transfer(config, task, run.train_set.texts)
     count = len(run.train_set.texts)
     what = "as it was given" if config.teacher else f"fine-tunes a BERT on the {count:,} texts"
     with log.timed("teacher", what):
@@ -2166,10 +2157,7 @@ def prepare(run: Run) -> tuple[Bert, Prepared]:
         center, spread = score_unit(task, run.train_set.gold)
         rescale(teacher, 1 / spread, -center / spread)
         cache = teacher_pass(teacher, encoded, labels, layers, config, cache_path(run), log)
-        more = data.encode(tokenizer, unseen)
-        said = predict_logits(teacher, more, replace(config, precision="fp32"))
-    unit = (center, spread)
-    return teacher, Prepared(encoded, count, cache, layers, tokenizer, unit, more, said)
+    return teacher, Prepared(encoded, count, cache, layers, tokenizer, (center, spread))
 
 
 def needs_experts(config: DistillConfig) -> bool:
@@ -2203,43 +2191,6 @@ def make_student(run: Run, ready: Prepared, pruned: Bert, experts: SentenceExper
     center, spread = ready.unit
     rescale(student, spread, center)
     return student
-
-
-def match_answers(student: Bert, ready: Prepared, config: DistillConfig) -> Tensor:
-    """Shifts the student's classifier until it gives each class as often as the teacher: OURS(14).
-
-    Counted on texts that neither was trained on; they need no labels. What was pruned leaves the
-    student surer of the frequent class than its teacher is. Returns what was added to the logits,
-    (C,): zeros for scores, or where there is nothing to count.
-    """
-    if not (config.match and len(ready.unseen)):
-        return torch.zeros(ready.answers.shape[1])
-    own = predict_logits(student, ready.unseen, replace(config, precision="fp32"))
-    shift = matching_shift(own, ready.answers)
-    changed = ((own + shift).argmax(1) != own.argmax(1)).sum().item()
-    print(f"answers: made as frequent as the teacher's, {changed} of {len(own):,} texts change")
-    with torch.no_grad():
-        student.classifier.bias.add_(shift.to(student.classifier.bias.device))
-    return shift
-
-
-def matching_shift(student: Tensor, teacher: Tensor, rounds: int = 10, few: int = 10) -> Tensor:
-    """What to add to the student's logits so that its answers are as frequent as the teacher's.
-
-    student, teacher: logits (n, C) of the same texts -> (C,), mean 0. Class by class the shift goes
-    half-way between the texts where the count is met, round after round; a class that the teacher
-    gives to fewer than `few` texts, or to all but so few, is left alone.
-    """
-    count, classes = student.shape
-    shift = torch.zeros(classes)
-    wanted = torch.bincount(teacher.argmax(1), minlength=classes).tolist()
-    able = [c for c in range(classes) if classes > 1 and few <= wanted[c] <= count - few]
-    for _ in range(rounds):
-        for c in able:
-            others = (student + shift).index_fill(1, torch.tensor(c), -torch.inf).amax(1)  # (n,)
-            lead = (others - student[:, c]).sort().values  # class c wins where shift[c] is more
-            shift[c] = lead[wanted[c] - 1 : wanted[c] + 1].mean()
-    return shift - shift.mean()
 
 
 def set_dropout(model: Bert, rate: float) -> None:
@@ -2286,8 +2237,7 @@ def make_experts(cache: TeacherCache, config: DistillConfig) -> SentenceExperts:
     offset = class_offset(cache.labels, cache.logits.shape[1], config.logit_adjustment)
     fit_experts(
         experts, *cache, temperature=config.temperature, balance_weight=config.balance_weight,
-        offset=offset.to(experts.gate_bias.device),
-        seed=config.seed,
+        offset=offset.to(experts.gate_bias.device), seed=config.seed,
     )  # fmt: skip
     gate = experts.gate(cache.features[:512].to(experts.gate_bias.device).float()).mean(0)
     for layer, weights in enumerate(gate.tolist(), 1):
@@ -2360,17 +2310,13 @@ _ROWS: dict[str, dict[str, Any]] = {
     "no-gan": {"gan": False},
     "no-soft": {"soft": False},
     "no-transfer": {"transfer_ratio": 0.0},
-    "no-match": {"match": False},
     "soft-only": {"moe": False, "fal": False, "gan": False},
-    "labels-only": {
-        **dict.fromkeys(("moe", "fal", "gan", "soft", "match"), False),
-        "epochs": 0,
-    },
+    "labels-only": {"moe": False, "fal": False, "gan": False, "soft": False, "epochs": 0},
 }
-_STUDENT = ("layers", "keep_layers", "moe", "fal", "gan", "soft", "match", "temperature",
-            "soft_weight", "alignment_weight", "adversarial_weight", "expert_size", "routing",
-            "balance_weight", "logit_adjustment", "dropout", "epochs", "lr", "batch_size", "warmup",
-            "weight_decay", "clip")  # fmt: skip
+_STUDENT = ("layers", "keep_layers", "moe", "fal", "gan", "soft", "temperature", "soft_weight",
+            "alignment_weight", "adversarial_weight", "expert_size", "routing", "balance_weight",
+            "logit_adjustment", "dropout", "epochs", "lr", "batch_size", "warmup", "weight_decay",
+            "clip")  # fmt: skip
 
 
 def row_names(rows: str) -> list[str]:
@@ -2465,11 +2411,9 @@ def train_rows(
     """One seed's results: its teacher's, unless that was `taught` before, then the students'.
 
     distance: mean KL divergence of a student's dev answers from the teacher's, in nats; for scores
-    the mean squared difference, in `score_unit`s. It is less noisy than a score. unmatched: the
-    score without `match_answers`.
+    the mean squared difference, in `score_unit`s. It is less noisy than a score.
     """
     import data
-    import glue
 
     run = start_run(config, [*rows.values()])
     if taught:
@@ -2490,15 +2434,12 @@ def train_rows(
         with run.log.timed(row, f"a student of layers {', '.join(map(str, keep))}"):
             experts = make_experts(mine.cache, asked) if needs_experts(asked) else None
             student = make_student(own, mine, prune(teacher.cpu(), keep), experts)
-            shift = match_answers(student, mine, asked)
             scores = score_model(student, ready.tokenizer, run.task, asked, run.log)
         texts, epochs = texts_and_passes(own, ready)
         speeds = examples_per_second([teacher, student], dev.first(min(128, len(dev))), config)
-        given = predict_logits(student, dev, in_fp32)  # (n, C)
-        unmatched = glue.score(run.task, run.dev.gold, answers(given - shift))["score"]
-        distance = soft_loss((given - center) / spread, wanted).item()
+        given = (predict_logits(student, dev, in_fp32) - center) / spread  # (n, C)
         yield {
-            "row": row, "seed": config.seed, **scores, "distance": distance, "unmatched": unmatched,
+            "row": row, "seed": config.seed, **scores, "distance": soft_loss(given, wanted).item(),
             "retention": scores["score"] / reached["score"] if reached["score"] else None,
             "speed_up": speeds[1] / speeds[0],
             "updates": epochs * math.ceil(len(texts) / asked.batch_size),
@@ -2514,8 +2455,7 @@ def summarize(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in dict.fromkeys(run["row"] for run in runs):
         own = [run for run in runs if run["row"] == row]
         line: dict[str, Any] = {"row": row, "n": len(own)}
-        names = ("score", "retention", "unmatched", "distance", "speed_up", "updates", "seconds")
-        for name in names:
+        for name in ("score", "retention", "distance", "speed_up", "updates", "seconds"):
             found = [run[name] for run in own if run.get(name) is not None]
             if found:
                 line[name] = statistics.fmean(found)
@@ -2535,13 +2475,11 @@ def print_ablation(report: dict[str, Any]) -> None:
 
     width = max(len(line["row"]) for line in report["table"])
     print(f"\n{report['task']} dev, {report['metric']}, mean +- sd over n seeds")
-    head = "   n           score    of teacher, %  unmatched   distance   speed-up  updates"
-    print(" " * width + head)
+    print(f"{'':{width}}   n           score    of teacher, %   distance   speed-up  updates")
     for line in report["table"]:
         kept, cells = spread(line, "retention", 100), ""
         if "speed_up" in line:
-            cells = f"{line['unmatched']:11.2f}{line['distance']:11.4f}"
-            cells += f"{line['speed_up']:11.2f}{line['updates']:9,.0f}"
+            cells = f"{line['distance']:11.4f}{line['speed_up']:11.2f}{line['updates']:9,.0f}"
         print(f"{line['row']:{width}}{line['n']:4}{spread(line, 'score', 1):>16}{kept:>17}{cells}")
 
 

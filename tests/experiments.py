@@ -217,21 +217,6 @@ def run(tasks, seeds, rows, options):
 # --- tables and picture --------------------------------------------------------------------------
 
 
-def compared():
-    """Every result, and a student as it was before its answers were matched as a row of its own."""
-    found = results()
-    known = {(r["task"], r["row"], r["seed"]) for r in found}
-    teachers = {(r["task"], r["seed"]): r["score"] for r in found if r["row"] == "teacher"}
-    more = []
-    for r in found:
-        row = "no-match" if r["row"] == "full" else f"{r['row']}+no-match"
-        if "unmatched" in r and (r["task"], row, r["seed"]) not in known:
-            share = r["unmatched"] / teachers[r["task"], r["seed"]]
-            left = {k: v for k, v in r.items() if k not in ("distance", "unmatched", "options")}
-            more.append({**left, "row": row, "score": r["unmatched"], "retention": share})
-    return found + more
-
-
 def by_seed(found, row, task, key):
     """What each seed got."""
     return {r["seed"]: r[key] for r in found if (r["task"], r["row"]) == (task, row)}
@@ -273,7 +258,7 @@ def shown(values, digits=1):
 
 def tables():
     """Scores, shares of the teacher's, distances and speeds, row by row, in Markdown."""
-    found = compared()
+    found = results()
     tasks = list(dict.fromkeys([*TASKS, *(r["task"] for r in found)]))
     rows = list(dict.fromkeys(r["row"] for r in found))
     for name, key, unit, digits, more in (
@@ -301,7 +286,7 @@ def tables():
 
 def draw():
     """tests/results.svg: what students of 1 to 5 layers keep, against how much faster they are."""
-    found = compared()
+    found = results()
     lines = {"MicroBERT": [f"layers={n}" if n != 3 else "full" for n in range(1, 6)]}
     lines |= {"soft targets only": ["soft-only"], "labels only": ["labels-only"]}
     lines |= {"TinyBERT's recipe": ["tinybert"], "PKD's recipe": ["pkd"]}

@@ -161,25 +161,6 @@ def test_runs_are_written_at_once_and_not_repeated(files, tmp_path, monkeypatch,
     assert len(picture.findall("{*}circle")) == 2 * 3  # full, tinybert, pkd; each in the legend
 
 
-def test_students_before_matching_are_rows(tmp_path, monkeypatch):
-    """Catches a share of another teacher, a row that was trained twice over, numbers of after."""
-    monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results.jsonl")
-    common = {"task": "CoLA", "options": [], "commit": "x"}
-    lines = [
-        {"row": "teacher", "seed": s, "score": 10.0 * (s + 1), "task": t}
-        for t in ("CoLA", "MRPC") for s in (0, 1)
-    ]  # fmt: skip
-    own = {**common, "score": 18.0, "unmatched": 15.0, "retention": 0.9, "distance": 0.3}
-    lines += [{**own, "row": row, "seed": 1} for row in ("full", "soft-only")]
-    lines += [{**common, "row": "soft-only+no-match", "seed": 1, "score": 14.0, "retention": 0.7}]
-    experiments.RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = experiments.compared()
-    assert found[: len(lines)] == lines
-    (added,) = found[len(lines) :]
-    assert (added["row"], added["seed"], added["score"]) == ("no-match", 1, 15.0)
-    assert added["retention"] == 0.75 and "distance" not in added
-
-
 def test_what_is_checked_in_is_drawn_from_the_results(root, tmp_path, monkeypatch):
     """Catches a picture older than its numbers, and a line that lacks where it came from."""
     found = experiments.results()

@@ -26,7 +26,6 @@ from microbert import (
     fit_experts,
     hard_loss,
     importance_loss,
-    matching_shift,
     model_outputs,
     prune,
     schedule,
@@ -359,53 +358,6 @@ def test_logit_adjustment_leaves_the_frequency_out(tmp_path):
             optimizer.step()
             optimizer.zero_grad()
         assert (bias[1] - bias[0]).item() == pytest.approx(gap, abs=1e-3)
-
-
-# --- the student's answers -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("classes", [2, 3, 7])
-def test_matching_shift_makes_answers_as_frequent(classes):
-    """Catches a shift of the wrong sign, one class that is met at another's cost, a common drift.
-
-    The student's logits are the teacher's, noisier and in favour of one class.
-    """
-    torch.manual_seed(classes)
-    teacher = 3 * torch.randn(900, classes)
-    bias = torch.linspace(-1.5, 1.5, classes)
-    student = teacher + torch.randn(900, classes) + bias
-    shift = matching_shift(student, teacher)
-    wanted, before, after = (
-        torch.bincount(logits.argmax(1), minlength=classes)
-        for logits in (teacher, student, student + shift)
-    )
-    assert (before - wanted).abs().max() > 60 and (after - wanted).abs().max() <= 2
-    assert shift.sum().abs() < 1e-4 and shift[0] > 0 > shift[-1]
-
-
-def test_matching_shift_by_hand():
-    """Leads of class 1: -4 .. 3; the teacher gives it to two texts: half-way to the second, 1.5.
-
-    Mean 0, so half of it each. Catches counts off by one.
-    """
-    lead = torch.arange(-4.0, 4.0)
-    student = torch.stack([torch.zeros(8), lead], dim=1)
-    teacher = torch.tensor([[1.0, 0.0]] * 6 + [[0.0, 1.0]] * 2)
-    shift = matching_shift(student, teacher, few=1)
-    assert shift.tolist() == pytest.approx([0.75, -0.75])
-
-
-def test_matching_shift_leaves_rare_classes_alone():
-    """Catches a shift of any size that a class of a handful of texts asks for."""
-    torch.manual_seed(0)
-    student, teacher = torch.randn(300, 2), torch.randn(300, 2)
-    teacher[:, 1] -= 10
-    assert not matching_shift(student, teacher).any()
-    assert not matching_shift(student[:, :1], teacher[:, :1]).any()
-    assert not matching_shift(student[:0], teacher[:0]).any()
-    three = torch.cat([teacher, teacher[:, :1] + torch.randn(300, 1)], dim=1)
-    shift = matching_shift(torch.randn(300, 3), three)
-    assert shift[0] != 0 and shift[2] != 0
 
 
 # --- the teacher's pass --------------------------------------------------------------------------

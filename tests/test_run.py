@@ -318,7 +318,7 @@ def test_transfer_text_leaves_out_dev_and_test(files, capsys):
     path.write_text(path.read_text() + f"98\t{dev[0].upper()} !\ta cat\tentailment\n")
     config = microbert.DistillConfig(data_dir=str(files), transfer_ratio=50.0)
     train_texts = glue.read("SST-2", files, "train").texts
-    texts, _ = microbert.gather_transfer(config, glue.TASKS["SST-2"], train_texts)
+    texts = microbert.gather_transfer(config, glue.TASKS["SST-2"], train_texts)
     held = {
         re.sub(r"\W", "", t).lower()
         for s in ("dev", "test")
@@ -326,72 +326,6 @@ def test_transfer_text_leaves_out_dev_and_test(files, capsys):
     }
     assert texts and not held & {re.sub(r"\W", "", text).lower() for text in texts}
     assert re.search(r"[1-9]\d* left out", capsys.readouterr().out)
-
-
-def test_matching_looks_at_text_that_nobody_trains_on(files):
-    """Catches answers that are counted on texts learnt by heart, or on dev text."""
-    config = microbert.DistillConfig(data_dir=str(files), transfer_ratio=2.0)
-    train_texts = glue.read("SST-2", files, "train").texts
-    texts, unseen = microbert.gather_transfer(config, glue.TASKS["SST-2"], train_texts)
-    dev = glue.read("SST-2", files, "dev").texts
-    assert len(unseen) > 40 and not {*unseen} & {*texts, *train_texts, *dev}
-    for less in ({"match": False}, {"transfer_ratio": 0.0}):
-        given = microbert.replace(config, **less)
-        assert microbert.gather_transfer(given, glue.TASKS["SST-2"], train_texts)[1] == []
-    pairs = glue.read("STS-B", files, "train").texts
-    assert microbert.gather_transfer(config, glue.TASKS["STS-B"], pairs)[1] == []
-
-
-def counted_words(folder):
-    """A task of one's own: is a third of the words from the first half of WORDS?"""
-    rng, half = random.Random(0), WORDS[: len(WORDS) // 2]
-    folder.mkdir()
-    for split, count in (("train", 160), ("dev", 60)):
-        lines = ["sentence\tlabel"]
-        for _ in range(count):
-            words = [rng.choice(WORDS) for _ in range(rng.randint(5, 9))]
-            few = sum(word in half for word in words) < len(words) / 3
-            lines.append(" ".join(words) + "\t" + ("few" if few else "many"))
-        (folder / f"{split}.tsv").write_text("\n".join(lines) + "\n")
-    return folder
-
-
-LIVELY = ("--teacher-epochs", "6", "--teacher-lr", "3e-3", "--transfer-ratio", "2", "--lr", "1e-2")
-
-
-def test_the_student_answers_as_often_as_its_teacher(files, monkeypatch):
-    """Catches a run, or a saved student, without its matching, and --no-match that still does."""
-    seen, match = [], microbert.match_answers
-
-    def recorded(student, ready, config):
-        shift = match(student, ready, config)
-        seen.append((shift, ready))
-        return shift
-
-    monkeypatch.setattr(microbert, "match_answers", recorded)
-    task = counted_words(files / "mine")
-    assert distil(files, task, *LIVELY) == 0
-    (shift, ready), config = seen.pop(), microbert.DistillConfig(device="cpu", precision="fp32")
-    saved = load_bert(files / "out/student")
-    own = microbert.predict_logits(saved, ready.unseen, config)
-    wanted = ready.answers.argmax(1).sum().item()
-    assert 20 <= wanted <= len(own) - 20  # the texts of this test allow it
-    assert abs(own.argmax(1).sum().item() - wanted) <= 2
-    assert abs((own - shift).argmax(1).sum().item() - wanted) > 2
-    again = [
-        "distill",
-        "--task",
-        task,
-        "--teacher",
-        files / "out",
-        "--out",
-        files / "other",
-        "--force",
-    ]
-    assert run(files, *again, *QUICK, *LIVELY, "--no-match") == 0
-    assert not seen.pop()[0].any()
-    unmatched = load_bert(files / "other/student")
-    torch.testing.assert_close(saved.classifier.bias - shift, unmatched.classifier.bias)
 
 
 # --- data of your own ----------------------------------------------------------------------------
@@ -548,7 +482,7 @@ def test_own_data_takes_transfer_text_from_glue(files, capsys):
     folder = own_data(files / "mine", ["a", "b"])
     config = microbert.DistillConfig(task=str(folder), data_dir=str(files), transfer_ratio=2.0)
     task = microbert.find_task(config)
-    texts, _ = microbert.gather_transfer(config, task, glue.read(task, "", "train").texts)
+    texts = microbert.gather_transfer(config, task, glue.read(task, "", "train").texts)
     foreign = set(data.sentences_of(glue.read("RTE", files, "train", with_labels=False).texts))
     assert len(texts) > 60 and any(text in foreign for text in texts)
     assert not set(texts) & set(glue.read(task, "", "dev").texts)

@@ -658,20 +658,20 @@ def test_a_loss_that_is_no_number_ends_the_run(files, capsys):
     assert not (files / "out/student").exists()
 
 
-@pytest.mark.parametrize("tau", [1.0, -1.0])
-def test_every_loss_of_labels_is_adjusted(files, monkeypatch, tau):
+def test_every_loss_of_labels_is_adjusted(files, monkeypatch):
     """Catches a teacher, experts or a student whose labels count by their frequency after all."""
     plain, offsets = microbert.hard_loss, {}
 
     def recorded(logits, labels, offset=0.0):
-        offsets.setdefault(inspect.stack()[1].function, []).append(torch.as_tensor(offset))
+        caller = inspect.currentframe().f_back.f_code.co_name
+        offsets.setdefault(caller, []).append(torch.as_tensor(offset))
         return plain(logits, labels, offset)
 
     monkeypatch.setattr(microbert, "hard_loss", recorded)
-    assert distil(files, "SST-2", "--logit-adjustment", str(tau)) == 0
+    assert distil(files, "SST-2", "--logit-adjustment", "1") == 0
     assert len(offsets) >= 3  # teacher, experts, student
     for found in offsets.values():
-        assert all(bool(offset.any()) == (tau > 0) for offset in found)
+        assert all(offset.any() for offset in found)
     assert microbert.settle(microbert.DistillConfig(task="CoLA")).logit_adjustment == 1
 
 

@@ -602,16 +602,16 @@ def fit_experts(
     *,
     temperature: float = 2.0,
     balance_weight: float = 0.01,
-    offset: Tensor | float = 0.0,
+    logit_adjustment: float = 0.0,
     steps: int = 300,
     batch_size: int = 256,
     seed: int = 0,
 ) -> SentenceExperts:
     """Teaches experts and gate to predict the task from the teacher's features, then freezes them.
 
-    features (n, K, E, H), logits (n, C), labels (n,) with NaN for unlabelled; offset (C,) of the
-    labels' loss, see `class_offset`. OURS(3): trained on the alignment loss itself they would
-    collapse to a constant. OURS(4): CV^2 of the mean gate, the importance loss of
+    features (n, K, E, H), logits (n, C), labels (n,) with NaN for unlabelled;
+    logit_adjustment: tau of `class_offset`. OURS(3): trained on the alignment loss itself they
+    would collapse to a constant. OURS(4): CV^2 of the mean gate, the importance loss of
     [4, section 4], keeps every expert in use.
     """
     device = experts.gate_bias.device
@@ -619,6 +619,7 @@ def fit_experts(
     others = [experts.experts, experts.heads, experts.biases]
     groups: list[dict[str, Any]] = [{"params": others}, {"params": gate_parameters, "lr": 2e-2}]
     optimizer = torch.optim.Adam(groups, lr=1e-3)
+    offset = class_offset(labels, logits.shape[1], logit_adjustment).to(device)  # (C,)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         rows = torch.randint(len(features), (batch_size,), generator=generator)
@@ -2234,10 +2235,9 @@ def make_experts(cache: TeacherCache, config: DistillConfig) -> SentenceExperts:
     experts = SentenceExperts(
         matched, hidden, config.expert_size, cache.logits.shape[1], config.routing
     ).to(resolve_device(config.device))
-    offset = class_offset(cache.labels, cache.logits.shape[1], config.logit_adjustment)
     fit_experts(
         experts, *cache, temperature=config.temperature, balance_weight=config.balance_weight,
-        offset=offset.to(experts.gate_bias.device), seed=config.seed,
+        logit_adjustment=config.logit_adjustment, seed=config.seed,
     )  # fmt: skip
     gate = experts.gate(cache.features[:512].to(experts.gate_bias.device).float()).mean(0)
     for layer, weights in enumerate(gate.tolist(), 1):

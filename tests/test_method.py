@@ -341,7 +341,7 @@ def test_logit_adjustment_by_hand():
     assert loss.item() == pytest.approx(-math.log(0.25))  # the class of every fourth text
 
 
-def test_logit_adjustment_leaves_the_frequency_out(tmp_path):
+def test_logit_adjustment_leaves_the_frequency_out():
     """Catches an offset that is added to the answers, subtracted, or not used by the objective.
 
     A model that sees nothing but frequencies ends undecided, without the adjustment at log 3.

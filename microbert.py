@@ -1630,7 +1630,7 @@ def settle(config: DistillConfig) -> DistillConfig:
     lr = config.lr or {"toy": 1e-3, "CoLA": 1e-4}.get(config.task, 3e-4)
     teacher_lr = config.teacher_lr or _TEACHERS.get(config.task, (5e-5, 0))[0]
     tau = config.logit_adjustment
-    tau = tau if tau >= 0 else float(config.task == "CoLA")  # Matthews' score wants balance
+    tau = float(config.task == "CoLA") if tau < 0 else tau  # Matthews' score wants balance
     config = replace(config, lr=lr, teacher_lr=teacher_lr, logit_adjustment=tau)
     if config.precision == "auto":
         trains = not config.checkpoint  # to evaluate and to predict, fp32

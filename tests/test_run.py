@@ -673,6 +673,8 @@ def test_every_loss_of_labels_is_adjusted(files, monkeypatch):
     for found in offsets.values():
         assert all(offset.any() for offset in found)
     assert microbert.settle(microbert.DistillConfig(task="CoLA")).logit_adjustment == 1
+    with pytest.raises(ValueError, match="--logit-adjustment is nan"):
+        microbert.settle(microbert.DistillConfig(logit_adjustment=math.nan))
 
 
 def test_a_task_without_labels_is_not_scored(files, capsys):

@@ -235,6 +235,7 @@ class DistillConfig:
     epochs: int = opt(
         0, "passes over training and transfer text; 0 chooses by their size", group="training"
     )
+    label_epochs: int = opt(-1, "then passes over the labels alone; -1 is 3 for CoLA, else 0")
     teacher_epochs: int = opt(0, "passes of the teacher's fine-tuning; 0 chooses")
     lr: float = opt(0.0, "the student's peak learning rate; 0 is 3e-4, 1e-4 for CoLA, 1e-3 for toy")
     teacher_lr: float = opt(0.0, "the teacher's peak learning rate; 0 chooses")
@@ -750,11 +751,17 @@ class Distillation:
     def __call__(
         self, output: BertOutput, attention_mask: Tensor, rows: Tensor, progress: float
     ) -> dict[str, Tensor]:
-        """output of the student for these rows of the cache; progress 0..1 through the training."""
+        """output of the student for these rows of the cache; progress 0..1 through the training.
+
+        From 1 on, in the passes at the end (OURS(14)), it learns the labels alone.
+        """
         config, device = self.config, output.logits.device
         logits, labels = output.logits.float(), ship(self.cache.labels[rows], device)
         target = ship(self.cache.logits[rows], device)  # (B, C)
-        terms = {"hard": (1 - self.soft_weight) * hard_loss(logits, labels, self.offset)}
+        hard = hard_loss(logits, labels, self.offset)
+        if progress >= 1:
+            return {"hard": hard}
+        terms = {"hard": (1 - self.soft_weight) * hard}
         if config.soft:
             terms["soft"] = self.soft_weight * soft_loss(logits, target, config.temperature)
         if not (config.fal or config.gan):
@@ -802,11 +809,14 @@ def train(
     *,
     epochs: int,
     lr: float,
+    last: tuple[int, int] = (0, 0),
     resume: "Resume | None" = None,
 ) -> None:
     """The one training loop; the objective decides whether it fine-tunes or distils.
 
     objective: (output, attention_mask (B, T), rows (B,), progress) -> named, weighted loss terms.
+    last: (n, passes) over the first n texts after all others, where progress goes from 1 to 2 and
+    the learning rate rises and falls once more.
     resume: saves the state now and then, and begins where one was saved.
     Raises ValueError where a loss or gradient is not finite, before it moves a weight.
     """
@@ -817,20 +827,24 @@ def train(
     model.to(device).train()
     with only_seen_words(model, encoded) as encoded:
         size = config.batch_size
-        steps = epochs * math.ceil(len(encoded) / size)
+        turn = count_steps(len(encoded), epochs, size)
+        steps = turn + count_steps(*last, size)
         optimizer = adamw(model, lr, config.weight_decay)
         first = resume.restore(model, optimizer, objective, encoded, log) if resume else 0
         forward, started = in_parallel(model), time.perf_counter()
         batches = (
             rows
-            for epoch in range(epochs)
-            for rows in data.bucketed_batches(encoded.lengths, size, seed=config.seed, epoch=epoch)
+            for epoch, n in enumerate([len(encoded)] * epochs + [last[0]] * last[1])
+            for rows in data.bucketed_batches(
+                encoded.lengths[:n], size, seed=config.seed, epoch=epoch
+            )
         )
         for step, rows in enumerate(islice(batches, first, None), first + 1):
             seed_step(config.seed, rank, step)
-            progress = (step - 1) / steps
+            done = step - 1
+            progress = done / turn if done < turn else 1 + (done - turn) / (steps - turn)
             for group in optimizer.param_groups:
-                group["lr"] = lr * schedule(progress, config.warmup)
+                group["lr"] = lr * schedule(progress % 1, config.warmup)
             rows = rows[rank::processes] if len(rows) >= processes else rows
             batch = {k: ship(v, device) for k, v in data.collate(encoded, rows).items()}
             with autocast(config):
@@ -848,6 +862,11 @@ def train(
             if resume and (step % config.save_every == 0 or step == steps):
                 resume.save(step, log)
     model.eval()
+
+
+def count_steps(examples: int, epochs: int, batch_size: int) -> int:
+    """Steps of so many passes; the last batch of each may be smaller."""
+    return epochs * math.ceil(examples / batch_size)
 
 
 def refuse_not_finite(
@@ -1631,7 +1650,9 @@ def settle(config: DistillConfig) -> DistillConfig:
     teacher_lr = config.teacher_lr or _TEACHERS.get(config.task, (5e-5, 0))[0]
     tau = config.logit_adjustment
     tau = float(config.task == "CoLA") if tau < 0 else tau  # Matthews' score wants balance
-    config = replace(config, lr=lr, teacher_lr=teacher_lr, logit_adjustment=tau)
+    last = 3 if config.task == "CoLA" else 0
+    last = last if config.label_epochs < 0 else config.label_epochs
+    config = replace(config, lr=lr, teacher_lr=teacher_lr, logit_adjustment=tau, label_epochs=last)
     if config.precision == "auto":
         trains = not config.checkpoint  # to evaluate and to predict, fp32
         fast = trains and has_fast_bf16(resolve_device(config.device))
@@ -2166,6 +2187,11 @@ def needs_experts(config: DistillConfig) -> bool:
     return config.moe and (config.fal or config.gan)
 
 
+def label_epochs(config: DistillConfig) -> int:
+    """Passes over the labels alone after distillation, OURS(14)."""
+    return config.label_epochs if config.soft or config.fal or config.gan else 0
+
+
 def texts_and_passes(run: Run, ready: Prepared) -> tuple["data.Encoded", int]:
     """What a student is trained on and how often; without the teacher, on the labelled texts."""
     config, texts = run.config, ready.encoded
@@ -2187,8 +2213,9 @@ def make_student(run: Run, ready: Prepared, pruned: Bert, experts: SentenceExper
     set_dropout(student, config.dropout)
     objective = Distillation(ready.cache, experts, config)
     train(
-        student, texts, objective, config, run.log, epochs=epochs, lr=config.lr, resume=run.resume
-    )
+        student, texts, objective, config, run.log, epochs=epochs, lr=config.lr,
+        last=(ready.labelled, label_epochs(config)), resume=run.resume,
+    )  # fmt: skip
     center, spread = ready.unit
     rescale(student, spread, center)
     return student
@@ -2315,8 +2342,8 @@ _ROWS: dict[str, dict[str, Any]] = {
 }
 _STUDENT = ("layers", "keep_layers", "moe", "fal", "gan", "soft", "temperature", "soft_weight",
             "alignment_weight", "adversarial_weight", "expert_size", "routing", "balance_weight",
-            "logit_adjustment", "dropout", "epochs", "lr", "batch_size", "warmup", "weight_decay",
-            "clip")  # fmt: skip
+            "logit_adjustment", "dropout", "epochs", "label_epochs", "lr", "batch_size", "warmup",
+            "weight_decay", "clip")  # fmt: skip
 
 
 def row_names(rows: str) -> list[str]:
@@ -2442,7 +2469,8 @@ def train_rows(
             "row": row, "seed": config.seed, **scores, "distance": soft_loss(given, wanted).item(),
             "retention": scores["score"] / reached["score"] if reached["score"] else None,
             "speed_up": speeds[1] / speeds[0],
-            "updates": epochs * math.ceil(len(texts) / asked.batch_size),
+            "updates": count_steps(len(texts), epochs, asked.batch_size)
+            + count_steps(ready.labelled, label_epochs(asked), asked.batch_size),
             "seconds": round(run.log.seconds[row], 1),
         }  # fmt: skip
     remove_cache(run)
@@ -2626,7 +2654,8 @@ _ANSWER = ("split", "text", "file", "json")
 _ABLATION = ("seeds", "rows")
 _OF_OTHERS = ("checkpoint", *_ANSWER, *_ABLATION)  # no option of distil
 _TRAIN = ("bert", "out", "overwrite", "limit", "seed", "batch_size", "warmup", "weight_decay",
-          "clip", "log_every", "save_every", "teacher_epochs", "teacher_lr")  # fmt: skip
+          "clip", "log_every", "save_every", "teacher_epochs", "teacher_lr",
+          "logit_adjustment")  # fmt: skip
 # Command -> what runs it, its options, examples of it.
 _COMMANDS: dict[str, tuple[Callable[[DistillConfig], Any], tuple[str, ...], str]] = {
     "distill": (

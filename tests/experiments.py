@@ -140,17 +140,22 @@ def train_peers(config, names):
         student = m.prune(teacher.cpu(), keep)
         m.set_dropout(student, config.dropout)
         with run.log.timed(name, f"a student of layers {', '.join(map(str, keep))}"):
+            again = m.label_epochs(config)  # as many updates as ours: their own loss once more
+            labelled = texts.first(ready.labelled)
             if name == "pkd":
-                stages = [(Pkd(ready.cache, config), epochs)]
+                objective = Pkd(ready.cache, config)
+                stages = [(objective, texts, epochs), (objective, labelled, again)]
             else:
                 stages = []
                 for predicting, (rows, passes) in enumerate(two_stages(texts, epochs)):
                     logits = ready.cache.logits[rows] if predicting else None
                     part = some(texts, rows)
                     objective = TinyBert(teacher, student, part, ready.layers, config, logits)
-                    stages.append((objective, passes))
-            for objective, passes in stages:
-                part = texts if name == "pkd" else objective.encoded
+                    stages.append((objective, part, passes))
+                soft = ready.cache.logits[: ready.labelled]
+                objective = TinyBert(teacher, student, labelled, ready.layers, config, soft)
+                stages.append((objective, labelled, again))
+            for objective, part, passes in stages:
                 m.train(student, part, objective, config, run.log, epochs=passes, lr=config.lr)
             center, spread = ready.unit
             m.rescale(student, spread, center)
@@ -161,7 +166,8 @@ def train_peers(config, names):
             "row": name, "seed": config.seed, **scores,
             "retention": scores["score"] / reached, "speed_up": speeds[1] / speeds[0],
             "distance": m.soft_loss(given, wanted).item(),
-            "updates": epochs * math.ceil(len(texts) / config.batch_size),
+            "updates": m.count_steps(len(texts), epochs, config.batch_size)
+            + m.count_steps(ready.labelled, again, config.batch_size),
             "seconds": round(run.log.seconds[name], 1),
         }  # fmt: skip
     m.remove_cache(run)

@@ -402,7 +402,7 @@ def test_terms_are_weighted_and_switched(tmp_path):
     rows = np.arange(8)
     batch = data.collate(encoded, rows)
     output, rows = student.eval()(**batch), torch.from_numpy(rows)
-    terms = objective(output, batch["attention_mask"], rows, 1.0)
+    terms = objective(output, batch["attention_mask"], rows, 0.9)
     cache, experts = objective.cache, objective.experts
     features = sentence_features(output.hidden_states[1:], batch["attention_mask"])
     expected = {
@@ -416,7 +416,7 @@ def test_terms_are_weighted_and_switched(tmp_path):
     for switch, name in (("soft", "soft"), ("fal", "align"), ("gan", "adv")):
         (tmp_path / switch).mkdir()
         _, _, _, less, _ = objective_of(tmp_path / switch, **{switch: False})
-        found = less(output, batch["attention_mask"], rows, 1.0)
+        found = less(output, batch["attention_mask"], rows, 0.9)
         assert set(terms) - set(found) == {name}
     torch.testing.assert_close(  # without soft targets the labels get all the weight
         objective_of(tmp_path, soft=False)[3](output, batch["attention_mask"], rows, 0.0)["hard"],
@@ -429,7 +429,7 @@ def test_experts_can_be_switched_off(tmp_path):
     _, student, encoded, objective, _ = objective_of(tmp_path, moe=False)
     batch = data.collate(encoded, np.arange(8))
     output = student(**batch)
-    terms = objective(output, batch["attention_mask"], torch.arange(8), 1.0)
+    terms = objective(output, batch["attention_mask"], torch.arange(8), 0.9)
     features = sentence_features(output.hidden_states[1:], batch["attention_mask"])
     teacher = objective.cache.features[:8].float()
     torch.testing.assert_close(terms["align"], 3 * (features - teacher).square().mean())
@@ -469,7 +469,7 @@ def test_every_part_moves_the_student(tmp_path):
     batch = data.collate(encoded, np.arange(8))
     for name in ("hard", "soft", "align", "adv"):
         student.zero_grad()
-        terms = objective(student(**batch), batch["attention_mask"], torch.arange(8), 1.0)
+        terms = objective(student(**batch), batch["attention_mask"], torch.arange(8), 0.9)
         terms[name].backward()
         assert student.layers[0].query.weight.grad.abs().sum() > 0, name
 
@@ -492,6 +492,27 @@ def test_train_shows_every_row_in_every_epoch_and_logs_terms(tmp_path):
     rates = [lr for _, _, lr in log.steps]
     assert max(rates) == pytest.approx(1e-3) and rates[-1] < 0.2e-3 and not student.training
     assert all(torch.equal(frozen[name], t) for name, t in teacher.state_dict().items())
+
+
+def test_last_passes_learn_the_labels_alone(tmp_path):
+    """Catches transfer text or the teacher in the passes at the end, and one schedule for both."""
+    _, student, encoded, objective, config = objective_of(tmp_path, log_every=1)
+    log, last = Quiet(), []
+
+    def watched(output: BertOutput, mask, rows, progress):
+        terms = objective(output, mask, rows, progress)
+        if progress >= 1:
+            last.extend(rows.tolist())
+            labels = objective.cache.labels[rows]
+            torch.testing.assert_close(terms, {"hard": hard_loss(output.logits, labels)})
+        else:
+            assert set(terms) == {"hard", "soft", "align", "adv"} and not last
+        return terms
+
+    train(student, encoded, watched, config, log, epochs=2, lr=1e-3, last=(20, 3))
+    assert len(log.steps) == 10 + 3 * 3 and sorted(last) == sorted([*range(20)] * 3)
+    rates = [lr for _, _, lr in log.steps]
+    assert rates[10] == 0 and max(rates[10:]) > 0.9e-3 and rates[-1] < 0.2e-3 and rates[9] < 0.2e-3
 
 
 def test_training_is_deterministic_and_aligns(tmp_path):

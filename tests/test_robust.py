@@ -114,6 +114,18 @@ def test_the_comparison_continues_too(files, monkeypatch, capsys):  # noqa: F811
     assert "baseline" not in json.loads((files / "third/results.json").read_text())
 
 
+def test_the_last_passes_continue(files, monkeypatch, capsys):  # noqa: F811
+    """Catches passes over the labels that are begun again, or follow other text, once continued."""
+    made = (*STEADY, "--label-epochs", "1")
+    assert distil(files, "SST-2", *made, out="whole") == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, "student", 11)  # 8 steps on all texts, 5 on labels
+        assert distil(files, "SST-2", *made) == 130
+    assert distil(files, "SST-2", *made) == 0
+    assert "student: continues after step 10" in capsys.readouterr().out
+    same_end(files / "whole", files / "out")
+
+
 def test_fine_tuning_continues(files, monkeypatch, capsys):  # noqa: F811
     """Catches a resume that only `distill` has."""
     command = ("finetune", "--task", "STS-B", "--bert", files / "bert", "--batch-size", "8",
@@ -290,7 +302,7 @@ def test_killed_at_random_moments(files, whole):  # noqa: F811
     """)
     wanted = "30"
     arguments = ["--task", "SST-2", "--bert", files / "bert", "--force", *QUICK, *STEADY,
-                 "--data-dir", files, "--save-every", "1"]  # fmt: skip
+                 "--data-dir", files, "--save-every", "1", "--label-epochs", "1"]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
                                 "PYTHONPATH": os.path.dirname(microbert.__file__)}  # fmt: skip
     done = subprocess.run(

@@ -170,7 +170,7 @@ def test_the_closing_table_compares_with_plain_fine_tuning(files, capsys, monkey
     seen, train = [], microbert.train
 
     def watched(model, encoded, objective, config, log, **rest):
-        seen.append((log.phase, len(encoded), rest["epochs"], rest["lr"]))
+        seen.append((log.phase, len(encoded), rest["epochs"], rest["lr"], rest.get("last")))
         terms = set()
 
         def named(*arguments):
@@ -183,10 +183,11 @@ def test_the_closing_table_compares_with_plain_fine_tuning(files, capsys, monkey
         seen[-1] += (terms,)
 
     monkeypatch.setattr(microbert, "train", watched)
-    assert distil(files, task, "--baseline", "--teacher-epochs", "2", "--lr", "1e-3") == 0
-    assert seen[0] == ("teacher", 40, 2, {"STS-B": 2e-4}.get(task, 5e-5), {"hard"})
-    assert seen[1] == ("student", 60, 1, 1e-3, {"hard", "soft", "align", "adv"})
-    assert seen[2] == ("baseline", 40, 2, 1e-3, {"hard"})
+    made = ("--teacher-epochs", "2", "--lr", "1e-3", "--label-epochs", "3")
+    assert distil(files, task, "--baseline", *made) == 0
+    assert seen[0] == ("teacher", 40, 2, {"STS-B": 2e-4}.get(task, 5e-5), None, {"hard"})
+    assert seen[1] == ("student", 60, 1, 1e-3, (40, 3), {"hard", "soft", "align", "adv"})
+    assert seen[2] == ("baseline", 40, 2, 1e-3, (40, 0), {"hard"})
     results = json.loads((files / "out/results.json").read_text())
     shown = capsys.readouterr().out
     rows = re.findall(
@@ -673,6 +674,9 @@ def test_every_loss_of_labels_is_adjusted(files, monkeypatch):
     for found in offsets.values():
         assert all(offset.any() for offset in found)
     assert microbert.settle(microbert.DistillConfig(task="CoLA")).logit_adjustment == 1
+    assert microbert.settle(microbert.DistillConfig(task="CoLA")).label_epochs == 3
+    assert microbert.settle(microbert.DistillConfig(task="CoLA", label_epochs=0)).label_epochs == 0
+    assert microbert.settle(microbert.DistillConfig(task="MRPC")).label_epochs == 0
     with pytest.raises(ValueError, match="--logit-adjustment is nan"):
         microbert.settle(microbert.DistillConfig(logit_adjustment=math.nan))
 

@@ -2105,7 +2105,10 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         del teacher  # its memory is the student's now
         results["pruned"] = score_model(pruned, ready.tokenizer, task, config, log)
 
-    with log.timed("student", f"the same, distilled on {len(ready.encoded):,} texts"):
+    told = f"the same, distilled on {len(ready.encoded):,} texts"
+    if last := label_epochs(config):
+        told += f", then {last} times through the labels alone"
+    with log.timed("student", told):
         if run.resume.phase == "baseline":  # the student was finished
             student = load_bert(out / "student")
         else:

@@ -100,13 +100,14 @@ def test_runs_are_written_at_once_and_not_repeated(files, tmp_path, monkeypatch,
     monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results.jsonl")
     monkeypatch.setattr(experiments, "HERE", tmp_path)
     monkeypatch.setattr(experiments, "TASKS", ("SST-2", "STS-B"))
-    train, checked = experiments.m.train, []
+    train, checked, trained = experiments.m.train, [], set()
 
     def check_targets(student, texts, objective, config, *more, **named):
         if getattr(objective, "logits", None) is not None:
             wanted = experiments.m.predict_logits(objective.teacher, texts, config)
             assert torch.allclose(objective.logits, wanted, atol=1e-4)
             checked.append(len(texts))
+        trained.add((type(objective).__name__, len(texts), named["epochs"]))
         train(student, texts, objective, config, *more, **named)
 
     monkeypatch.setattr(experiments.m, "train", check_targets)
@@ -121,6 +122,7 @@ def test_runs_are_written_at_once_and_not_repeated(files, tmp_path, monkeypatch,
     assert (tmp_path / "results.jsonl").read_text().startswith(first)
     assert sorted(set(checked)) == [40, 60]  # TinyBERT's second and last stages
     assert len(checked) == 8 and checked.count(40) == 4
+    assert {("Pkd", 40, 1), ("TinyBert", 40, 1), ("Pkd", 60, 2), ("TinyBert", 60, 1)} < trained
     found = experiments.results()
     rows = ["full", "pkd", "teacher", "tinybert"]
     for task in ("SST-2", "STS-B"):

@@ -230,7 +230,9 @@ class DistillConfig:
         "tau of the logit adjustment: answers that leave out how frequent the classes are; "
         "-1 is 1 for CoLA, else 0",
     )
-    dropout: float = opt(0.0, "dropout of the student while it is trained")
+    dropout: float = opt(
+        0.0, "dropout of the student's layers while it is trained; embeddings keep the teacher's"
+    )
 
     epochs: int = opt(
         0, "passes over training and transfer text; 0 chooses by their size", group="training"
@@ -815,8 +817,8 @@ def train(
     """The one training loop; the objective decides whether it fine-tunes or distils.
 
     objective: (output, attention_mask (B, T), rows (B,), progress) -> named, weighted loss terms.
-    last: (n, passes) over the first n texts after all others, where progress goes from 1 to 2 and
-    the learning rate rises and falls once more.
+    last: (n, passes) over the first n texts after all others, where progress goes from 1 to 2, the
+    learning rate rises and falls once more, and AdamW starts anew.
     resume: saves the state now and then, and begins where one was saved.
     Raises ValueError where a loss or gradient is not finite, before it moves a weight.
     """
@@ -842,6 +844,8 @@ def train(
         for step, rows in enumerate(islice(batches, first, None), first + 1):
             seed_step(config.seed, rank, step)
             done = step - 1
+            if done == turn:
+                optimizer.state.clear()  # moments of other losses' gradients
             progress = done / turn if done < turn else 1 + (done - turn) / (steps - turn)
             for group in optimizer.param_groups:
                 group["lr"] = lr * schedule(progress % 1, config.warmup)
@@ -2225,7 +2229,10 @@ def make_student(run: Run, ready: Prepared, pruned: Bert, experts: SentenceExper
 
 
 def set_dropout(model: Bert, rate: float) -> None:
-    """Another dropout for the training to come; the checkpoint's config keeps the teacher's."""
+    """Another dropout of layers and classifier for the training to come.
+
+    The embeddings keep the config's, and the checkpoint's config keeps the teacher's.
+    """
     model.head_dropout = rate
     for layer in model.layers:
         assert isinstance(layer, BertLayer)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
+import microbert
 from microbert import (
     Bert,
     BertConfig,
@@ -513,6 +514,25 @@ def test_last_passes_learn_the_labels_alone(tmp_path):
     assert len(log.steps) == 10 + 3 * 3 and sorted(last) == sorted([*range(20)] * 3)
     rates = [lr for _, _, lr in log.steps]
     assert rates[10] == 0 and max(rates[10:]) > 0.9e-3 and rates[-1] < 0.2e-3 and rates[9] < 0.2e-3
+
+
+def test_last_passes_are_a_training_of_their_own(tmp_path, monkeypatch):
+    """Catches moments of the distillation's gradients that still steer the passes at the end."""
+    batches, ends = data.bucketed_batches, []
+    for parts in (
+        [{"epochs": 1, "last": (20, 1)}],
+        [{"epochs": 1}, {"epochs": 0, "last": (20, 1)}],
+    ):
+        _, student, encoded, objective, config = objective_of(tmp_path)
+        for part in parts:
+            monkeypatch.setattr(microbert, "seed_step", lambda *_: torch.manual_seed(0))
+            train(student, encoded, objective, config, Quiet(), lr=1e-3, **part)
+            monkeypatch.setattr(  # the order of the second pass
+                data, "bucketed_batches", lambda *a, **k: batches(*a, **{**k, "epoch": 1})
+            )
+        monkeypatch.setattr(data, "bucketed_batches", batches)
+        ends.append(student.state_dict())
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
 
 
 def test_training_is_deterministic_and_aligns(tmp_path):

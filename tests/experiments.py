@@ -212,8 +212,9 @@ def run(tasks, seeds, rows, options):
                 ):
                     note(report["runs"])
             if left := [row for row in rows if row not in (*ours, *known)]:
+                given = config.teacher.replace("{seed}", str(seed))
                 asked = replace(
-                    m.settle(config), bert="", teacher=str(out / f"seed-{seed}/teacher"),
+                    m.settle(config), bert="", teacher=given or str(out / f"seed-{seed}/teacher"),
                     seed=seed, out=str(out / f"peers-{seed}"), overwrite=True,
                 )  # fmt: skip
                 for result in train_peers(asked, left):

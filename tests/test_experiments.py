@@ -140,6 +140,21 @@ def test_runs_are_written_at_once_and_not_repeated(files, tmp_path, monkeypatch,
     assert experiments.main([*made, "--seeds", "0,1", "--rows", "full,tinybert,pkd"]) == 0
     assert (tmp_path / "results.jsonl").read_text() == before
     assert capsys.readouterr().out == ""
+    again = [str(tmp_path / "new") if word == str(tmp_path / "runs") else word for word in made]
+    at = again.index(
+        "--bert"
+    )  # the peers alone, of a teacher that is given, in an --out of its own
+    again[at : at + 2] = ["--teacher", str(tmp_path / "runs/SST-2/seed-{seed}")]
+    again[again.index("SST-2,STS-B")] = "SST-2"
+    kept_lines = before.splitlines(keepends=True)
+    missing = next(i for i, r in enumerate(found) if (r["row"], r["seed"]) == ("pkd", 1))
+    less = "".join(kept_lines[:missing] + kept_lines[missing + 1 :])
+    (tmp_path / "results.jsonl").write_text(less)
+    assert experiments.main([*again, "--seeds", "1", "--rows", "full,pkd"]) == 0
+    remade = experiments.results()[-1]
+    assert remade["score"] == found[missing]["score"] and remade["task"] == found[missing]["task"]
+    (tmp_path / "results.jsonl").write_text(before)
+    capsys.readouterr()
     assert experiments.main(["tables"]) == 0
     shown = capsys.readouterr().out
     lines = shown.split("| % of teacher |")[1].split("\n\n")[0].splitlines()

@@ -834,13 +834,7 @@ def train(
         optimizer = adamw(model, lr, config.weight_decay)
         first = resume.restore(model, optimizer, objective, encoded, log) if resume else 0
         forward, started = in_parallel(model), time.perf_counter()
-        batches = (
-            rows
-            for epoch, n in enumerate([len(encoded)] * epochs + [last[0]] * last[1])
-            for rows in data.bucketed_batches(
-                encoded.lengths[:n], size, seed=config.seed, epoch=epoch
-            )
-        )
+        batches = passes(encoded.lengths, epochs, last, size, config.seed)
         for step, rows in enumerate(islice(batches, first, None), first + 1):
             seed_step(config.seed, rank, step)
             done = step - 1
@@ -866,6 +860,17 @@ def train(
             if resume and (step % config.save_every == 0 or step == steps):
                 resume.save(step, log)
     model.eval()
+
+
+def passes(
+    lengths: "numpy.ndarray", epochs: int, last: tuple[int, int], batch_size: int, seed: int
+) -> Iterator["numpy.ndarray"]:
+    """The batches' rows of so many epochs over all texts, then of `last`'s over its first n."""
+    import data
+
+    for epoch in range(epochs + last[1]):
+        own = lengths if epoch < epochs else lengths[: last[0]]
+        yield from data.bucketed_batches(own, batch_size, seed=seed, epoch=epoch)
 
 
 def count_steps(examples: int, epochs: int, batch_size: int) -> int:
@@ -1654,8 +1659,7 @@ def settle(config: DistillConfig) -> DistillConfig:
     teacher_lr = config.teacher_lr or _TEACHERS.get(config.task, (5e-5, 0))[0]
     tau = config.logit_adjustment
     tau = float(config.task == "CoLA") if tau < 0 else tau  # Matthews' score wants balance
-    last = 3 if config.task == "CoLA" else 0
-    last = last if config.label_epochs < 0 else config.label_epochs
+    last = 3 * (config.task == "CoLA") if config.label_epochs < 0 else config.label_epochs
     config = replace(config, lr=lr, teacher_lr=teacher_lr, logit_adjustment=tau, label_epochs=last)
     if config.precision == "auto":
         trains = not config.checkpoint  # to evaluate and to predict, fp32
@@ -2194,20 +2198,32 @@ def needs_experts(config: DistillConfig) -> bool:
     return config.moe and (config.fal or config.gan)
 
 
+def distils(config: DistillConfig) -> bool:
+    """Whether a student learns anything from its teacher."""
+    return config.soft or config.fal or config.gan
+
+
 def label_epochs(config: DistillConfig) -> int:
     """Passes over the labels alone after distillation, OURS(14)."""
-    return config.label_epochs if config.soft or config.fal or config.gan else 0
+    return config.label_epochs if distils(config) else 0
+
+
+def count_updates(
+    config: DistillConfig, ready: Prepared, texts: "data.Encoded", epochs: int
+) -> int:
+    """Steps of a student's whole training."""
+    steps = count_steps(len(texts), epochs, config.batch_size)
+    return steps + count_steps(ready.labelled, label_epochs(config), config.batch_size)
 
 
 def texts_and_passes(run: Run, ready: Prepared) -> tuple["data.Encoded", int]:
     """What a student is trained on and how often; without the teacher, on the labelled texts."""
     config, texts = run.config, ready.encoded
-    distils = config.soft or config.fal or config.gan
-    if not (config.transfer_ratio and distils):
+    if not (config.transfer_ratio and distils(config)):
         texts = texts.first(ready.labelled)
     if config.epochs:
         return texts, config.epochs
-    if not distils:
+    if not distils(config):
         return texts, fine_tuning_epochs(config, run.task, len(texts))
     few = len(texts) <= 50_000
     return texts, auto_epochs(len(texts), 24_000, config.batch_size, least=2 if few else 1)
@@ -2479,8 +2495,7 @@ def train_rows(
             "row": row, "seed": config.seed, **scores, "distance": soft_loss(given, wanted).item(),
             "retention": scores["score"] / reached["score"] if reached["score"] else None,
             "speed_up": speeds[1] / speeds[0],
-            "updates": count_steps(len(texts), epochs, asked.batch_size)
-            + count_steps(ready.labelled, label_epochs(asked), asked.batch_size),
+            "updates": count_updates(asked, ready, texts, epochs),
             "seconds": round(run.log.seconds[row], 1),
         }  # fmt: skip
     remove_cache(run)

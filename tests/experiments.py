@@ -166,8 +166,7 @@ def train_peers(config, names):
             "row": name, "seed": config.seed, **scores,
             "retention": scores["score"] / reached, "speed_up": speeds[1] / speeds[0],
             "distance": m.soft_loss(given, wanted).item(),
-            "updates": m.count_steps(len(texts), epochs, config.batch_size)
-            + m.count_steps(ready.labelled, again, config.batch_size),
+            "updates": m.count_updates(config, ready, texts, epochs),
             "seconds": round(run.log.seconds[name], 1),
         }  # fmt: skip
     m.remove_cache(run)

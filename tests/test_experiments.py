@@ -141,9 +141,7 @@ def test_runs_are_written_at_once_and_not_repeated(files, tmp_path, monkeypatch,
     assert (tmp_path / "results.jsonl").read_text() == before
     assert capsys.readouterr().out == ""
     again = [str(tmp_path / "new") if word == str(tmp_path / "runs") else word for word in made]
-    at = again.index(
-        "--bert"
-    )  # the peers alone, of a teacher that is given, in an --out of its own
+    at = again.index("--bert")  # the peers alone, of a given teacher, in another --out
     again[at : at + 2] = ["--teacher", str(tmp_path / "runs/SST-2/seed-{seed}")]
     again[again.index("SST-2,STS-B")] = "SST-2"
     kept_lines = before.splitlines(keepends=True)

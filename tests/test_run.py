@@ -659,7 +659,8 @@ def test_a_loss_that_is_no_number_ends_the_run(files, capsys):
     assert not (files / "out/student").exists()
 
 
-def test_every_loss_of_labels_is_adjusted(files, monkeypatch):
+@pytest.mark.parametrize("tau", [1.0, -1.0])
+def test_every_loss_of_labels_is_adjusted(files, monkeypatch, tau):
     """Catches a teacher, experts or a student whose labels count by their frequency after all."""
     plain, offsets = microbert.hard_loss, {}
 
@@ -669,10 +670,12 @@ def test_every_loss_of_labels_is_adjusted(files, monkeypatch):
         return plain(logits, labels, offset)
 
     monkeypatch.setattr(microbert, "hard_loss", recorded)
-    assert distil(files, "SST-2", "--logit-adjustment", "1") == 0
+    assert distil(files, "SST-2", "--logit-adjustment", str(tau)) == 0
     assert len(offsets) >= 3  # teacher, experts, student
     for found in offsets.values():
-        assert all(offset.any() for offset in found)
+        assert all(bool(offset.any()) == (tau > 0) for offset in found)
+    asked = microbert.parse(["finetune", "--task", "SST-2", "--logit-adjustment", "2"])
+    assert asked["logit_adjustment"] == 2
     assert microbert.settle(microbert.DistillConfig(task="CoLA")).logit_adjustment == 1
     assert microbert.settle(microbert.DistillConfig(task="CoLA")).label_epochs == 3
     assert microbert.settle(microbert.DistillConfig(task="CoLA", label_epochs=0)).label_epochs == 0

@@ -294,7 +294,8 @@ def test_killed_at_random_moments(files, whole):  # noqa: F811
             status = os.waitpid(child, 0)[1]
             if os.WIFSIGNALED(status):
                 kills += 1
-            if os.path.exists(f"{out}/results.json"):
+            if os.path.exists(f"{out}/results.json"):  # perhaps killed with the checkpoints there
+                assert os.waitpid(start([*arguments, "--out", out]), 0)[1] == 2 << 8  # refused
                 ends += 1
                 out = f"killed{ends}"
         assert os.waitpid(start([*arguments, "--out", out]), 0)[1] == 0

@@ -8,6 +8,8 @@ import pytest
 
 slow = pytest.mark.skipif("SLOW" not in os.environ, reason="takes long; SLOW=1 runs it")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder is not looked up
+if "BERT_DIR" not in os.environ:  # small models alone: more threads wait longer than they work
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

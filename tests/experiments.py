@@ -290,21 +290,34 @@ def tables():
         print()
 
 
+def curves(found):
+    """{name: [(speed-up, [percent kept by each seed]), ...]} of what the picture shows.
+
+    A curve of several sizes is of the seeds that all its points have.
+    """
+    rows = {"MicroBERT": ["full"], "soft targets only": ["soft-only"]}
+    rows |= {"labels only": ["labels-only"], "PKD's recipe": ["pkd"]}
+    rows |= {"TinyBERT's recipe": ["tinybert"]}
+    sizes = [f"layers={n}" if n != 3 else "full" for n in range(1, 6)]
+    sizes = [row for row in sizes if average(found, row)]
+    if len(sizes) > 1:
+        rows = {"MicroBERT's sizes": sizes} | rows
+    lines = {}
+    for name, own in rows.items():
+        kept = {row: average(found, row) for row in own}
+        seeds = set.intersection(*map(set, kept.values()))
+        if seeds:
+            values = [[kept[row][seed] for seed in sorted(seeds)] for row in own]
+            speeds = [
+                statistics.fmean(r["speed_up"] for r in found if r["row"] == row) for row in own
+            ]
+            lines[f"{name} (n {len(seeds)})"] = sorted(zip(speeds, values))
+    return lines
+
+
 def draw():
     """tests/results.svg: what students of 1 to 5 layers keep, against how much faster they are."""
-    found = results()
-    lines = {"MicroBERT": [f"layers={n}" if n != 3 else "full" for n in range(1, 6)]}
-    lines |= {"soft targets only": ["soft-only"], "labels only": ["labels-only"]}
-    lines |= {"TinyBERT's recipe": ["tinybert"], "PKD's recipe": ["pkd"]}
-    points = {
-        name: [
-            (statistics.fmean(r["speed_up"] for r in found if r["row"] == row), list(kept.values()))
-            for row in rows
-            if (kept := average(found, row))
-        ]
-        for name, rows in lines.items()
-    }
-    points = {name: sorted(line) for name, line in points.items() if line}
+    points = curves(results())
     speeds = [x for line in points.values() for x, _ in line]
     kept = [statistics.fmean(y) for line in points.values() for _, y in line]
     left, right = min(1.0, *speeds), max(speeds) * 1.05
@@ -328,7 +341,7 @@ def draw():
     _, at = place(left, 101.14)
     parts.append(f'<path d="M60 {at:.1f}H540" stroke="#888" stroke-dasharray="4 3"/>')
     parts.append(f'<text x="546" y="{at + 4:.1f}" fill="#666">paper: 101.14 %</text>')
-    colours = ("#1b6ca8", "#c0392b", "#7f8c8d", "#d68910", "#6c3483")
+    colours = ("#1b6ca8", "#16a085", "#c0392b", "#7f8c8d", "#d68910", "#6c3483")
     for i, ((name, line), colour) in enumerate(zip(points.items(), colours)):
         middle = [(*place(x, statistics.fmean(y)), y) for x, y in line]
         way = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in middle)

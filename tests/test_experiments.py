@@ -178,6 +178,25 @@ def test_runs_are_written_at_once_and_not_repeated(files, tmp_path, monkeypatch,
     assert len(picture.findall("{*}circle")) == 2 * 3  # full, tinybert, pkd; each in the legend
 
 
+def test_a_curve_is_of_the_same_seeds():
+    """Catches sizes compared over different seeds, and points of rows that lack a task."""
+    found = [
+        {"row": row, "task": task, "seed": seed, "retention": 1 + seed / 100, "speed_up": speed}
+        for row, seeds, speed in (("full", (0, 1, 2), 2.0), ("layers=4", (1,), 1.5))
+        for task in experiments.TASKS
+        for seed in seeds
+    ]
+    found.append(dict(found[0], row="layers=1"))  # of the first task alone
+    shown = experiments.curves(found)
+    assert {name: [speed for speed, _ in line] for name, line in shown.items()} == {
+        "MicroBERT's sizes (n 1)": [1.5, 2.0],
+        "MicroBERT (n 3)": [2.0],
+    }
+    assert shown["MicroBERT's sizes (n 1)"][1][1] == pytest.approx([101])
+    assert shown["MicroBERT (n 3)"][0][1] == pytest.approx([100, 101, 102])
+    assert list(experiments.curves(found[:12])) == ["MicroBERT (n 3)"]
+
+
 def test_what_is_checked_in_is_drawn_from_the_results(root, tmp_path, monkeypatch):
     """Catches a picture older than its numbers, and a line that lacks where it came from."""
     found = experiments.results()

@@ -241,14 +241,11 @@ def ratio_of_means(found, row):
     return [100 * mean / teacher[s] for s, mean in average(found, row, "score").items()]
 
 
-def gained(found, row):
-    """How much more than this row the full method keeps: mean ± standard error over the seeds."""
-    full, own = average(found, "full"), average(found, row)
+def lead(full, own):
+    """full - own over the seeds that both have, in a table's cell: mean ± standard error (n)."""
     gains = [full[seed] - own[seed] for seed in full if seed in own]
-    if not gains or row == "full":
-        return ""
-    if len(gains) == 1:
-        return f"{gains[0]:+.2f} (1)"
+    if len(gains) < 2:
+        return "".join(f"{gain:+.2f} (1)" for gain in gains)
     error = statistics.stdev(gains) / len(gains) ** 0.5
     return f"{statistics.fmean(gains):+.2f} ± {error:.2f} ({len(gains)})"
 
@@ -266,10 +263,13 @@ def tables():
     """Scores, shares of the teacher's, distances and speeds, row by row, in Markdown."""
     found = results()
     tasks = list(dict.fromkeys([*TASKS, *(r["task"] for r in found)]))
-    rows = list(dict.fromkeys(r["row"] for r in found))
+    first = ["teacher", *m.row_names(m.DistillConfig().rows), "tinybert", "pkd"]
+    first += [f"layers={n}" for n in (5, 4, 2, 1)]
+    had = list(dict.fromkeys(r["row"] for r in found))
+    rows = [row for row in first if row in had] + [row for row in had if row not in first]
     for name, key, unit, digits, more in (
         ("score", "score", 1, 2, ()),
-        ("% of teacher", "retention", 100, 1, ("mean of the four", "ratio of means", "full keeps")),
+        ("% of teacher", "retention", 100, 1, ("mean of the four", "ratio of means")),
         ("distance", "distance", 1, 3, ()),
         ("times as fast", "speed_up", 1, 2, ()),
         ("minutes", "seconds", 1 / 60, 1, ()),
@@ -285,9 +285,16 @@ def tables():
             cells = [shown(values, digits) for values in cells]
             if more:
                 cells.append(shown(average(found, row).values(), 2))
-                cells += [shown(ratio_of_means(found, row), 2), gained(found, row)]
+                cells.append(shown(ratio_of_means(found, row), 2))
             print(f"| {' | '.join([row, *cells])} |")
         print()
+    columns = [*tasks, "% kept, mean of the four"]
+    print(f"| full's lead | {' | '.join(columns)} |\n{'|---' * (1 + len(columns))}|")
+    for row in (row for row in rows if row not in ("teacher", "full")):
+        pairs = [[by_seed(found, r, task, "score") for r in ("full", row)] for task in tasks]
+        pairs.append([average(found, r) for r in ("full", row)])
+        print(f"| {' | '.join([row, *(lead(*pair) or '–' for pair in pairs)])} |")
+    print()
 
 
 def curves(found):

@@ -169,10 +169,16 @@ def test_runs_are_written_at_once_and_not_repeated(files, tmp_path, monkeypatch,
     for which in (0, 1):
         mean = sum(m[which] for m in means[0]) / 2
         assert cells["full"][2 + which].startswith(f"{mean:.2f} ± ")
+    lines = shown.split("| full's lead |")[1].split("\n\n")[0].splitlines()
+    leads = {(c := line[2:-2].split(" | "))[0]: c[1:] for line in lines[2:]}
     gains = [full[0] - own[0] for full, own in zip(*means)]
-    error = abs(gains[0] - gains[1]) / 2  # sd / sqrt 2 of two seeds
-    assert cells["pkd"][4] == f"{sum(gains) / 2:+.2f} ± {error:.2f} (2)"
-    assert cells["full"][4] == "" and len({len(c) for c in cells.values()}) == 1
+    by_task = [scores["full", "STS-B", seed] - scores["pkd", "STS-B", seed] for seed in (0, 1)]
+    for cell, (one, two) in ((-1, gains), (1, by_task)):
+        error = abs(one - two) / 2  # sd / sqrt 2 of two seeds
+        assert leads["pkd"][cell] == f"{(one + two) / 2:+.2f} ± {error:.2f} (2)"
+    assert [*leads] == ["tinybert", "pkd"] and {len(c) for c in leads.values()} == {3}
+    assert experiments.lead({0: 1.0, 1: 3.0}, {1: 2.0}) == "+1.00 (1)"
+    assert {len(c) for c in cells.values()} == {4}
     assert experiments.main(["draw"]) == 0
     picture = ElementTree.parse(tmp_path / "results.svg").getroot()
     assert len(picture.findall("{*}circle")) == 2 * 3  # full, tinybert, pkd; each in the legend

@@ -29,6 +29,8 @@ import microbert as m  # noqa: E402
 
 RESULTS = HERE / "results.jsonl"
 TASKS = ("SST-2", "MRPC", "STS-B", "CoLA")  # the average is over these
+PEERS = ("tinybert", "pkd")
+SIZES = ("layers=1", "layers=2", "full", "layers=4", "layers=5")
 
 
 # --- the peers' recipes --------------------------------------------------------------------------
@@ -185,7 +187,7 @@ def run(tasks, seeds, rows, options):
     """Trains what results.jsonl lacks, all rows of a task and seed in turn."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
     commit = subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout.strip()
-    ours = [row for row in rows if row not in ("tinybert", "pkd")]
+    ours = [row for row in rows if row not in PEERS]
     for seed in seeds:
         for task in tasks:
             given = m.parse(["ablate", "--task", task, *options, "--seeds", str(seed)])
@@ -244,10 +246,10 @@ def ratio_of_means(found, row):
 def lead(full, own):
     """full - own over the seeds that both have, in a table's cell: mean ± standard error (n)."""
     gains = [full[seed] - own[seed] for seed in full if seed in own]
-    if len(gains) < 2:
-        return "".join(f"{gain:+.2f} (1)" for gain in gains)
-    error = statistics.stdev(gains) / len(gains) ** 0.5
-    return f"{statistics.fmean(gains):+.2f} ± {error:.2f} ({len(gains)})"
+    if not gains:
+        return "–"
+    error = f" ± {statistics.stdev(gains) / len(gains) ** 0.5:.2f}" if len(gains) > 1 else ""
+    return f"{statistics.fmean(gains):+.2f}{error} ({len(gains)})"
 
 
 def shown(values, digits=1):
@@ -263,10 +265,9 @@ def tables():
     """Scores, shares of the teacher's, distances and speeds, row by row, in Markdown."""
     found = results()
     tasks = list(dict.fromkeys([*TASKS, *(r["task"] for r in found)]))
-    first = ["teacher", *m.row_names(m.DistillConfig().rows), "tinybert", "pkd"]
-    first += [f"layers={n}" for n in (5, 4, 2, 1)]
-    had = list(dict.fromkeys(r["row"] for r in found))
-    rows = [row for row in first if row in had] + [row for row in had if row not in first]
+    order = ["teacher", *m.row_names(m.DistillConfig().rows), *PEERS, *SIZES]
+    had = dict.fromkeys(r["row"] for r in found)
+    rows = list(dict.fromkeys([*(row for row in order if row in had), *had]))
     for name, key, unit, digits, more in (
         ("score", "score", 1, 2, ()),
         ("% of teacher", "retention", 100, 1, ("mean of the four", "ratio of means")),
@@ -293,32 +294,27 @@ def tables():
     for row in (row for row in rows if row not in ("teacher", "full")):
         pairs = [[by_seed(found, r, task, "score") for r in ("full", row)] for task in tasks]
         pairs.append([average(found, r) for r in ("full", row)])
-        print(f"| {' | '.join([row, *(lead(*pair) or '–' for pair in pairs)])} |")
+        print(f"| {' | '.join([row, *(lead(*pair) for pair in pairs)])} |")
     print()
 
 
 def curves(found):
     """{name: [(speed-up, [percent kept by each seed]), ...]} of what the picture shows.
 
-    A curve of several sizes is of the seeds that all its points have.
+    A curve of several sizes is of the seeds that all its points have, its speed-ups of all runs.
     """
-    rows = {"MicroBERT": ["full"], "soft targets only": ["soft-only"]}
+    sizes = [row for row in SIZES if average(found, row)]
+    rows = {"MicroBERT's sizes": sizes} if len(sizes) > 1 else {}
+    rows |= {"MicroBERT": ["full"], "soft targets only": ["soft-only"]}
     rows |= {"labels only": ["labels-only"], "PKD's recipe": ["pkd"]}
     rows |= {"TinyBERT's recipe": ["tinybert"]}
-    sizes = [f"layers={n}" if n != 3 else "full" for n in range(1, 6)]
-    sizes = [row for row in sizes if average(found, row)]
-    if len(sizes) > 1:
-        rows = {"MicroBERT's sizes": sizes} | rows
     lines = {}
     for name, own in rows.items():
         kept = {row: average(found, row) for row in own}
-        seeds = set.intersection(*map(set, kept.values()))
-        if seeds:
+        if seeds := set.intersection(*map(set, kept.values())):
+            speeds = [[r["speed_up"] for r in found if r["row"] == row] for row in own]
             values = [[kept[row][seed] for seed in sorted(seeds)] for row in own]
-            speeds = [
-                statistics.fmean(r["speed_up"] for r in found if r["row"] == row) for row in own
-            ]
-            lines[f"{name} (n {len(seeds)})"] = sorted(zip(speeds, values))
+            lines[f"{name} (n {len(seeds)})"] = sorted(zip(map(statistics.fmean, speeds), values))
     return lines
 
 
@@ -374,7 +370,7 @@ def main(argv):
     elif command == "run":
         values = {}
         for name, default in (("--tasks", ",".join(TASKS)), ("--seeds", "0,1,2"),
-                              ("--rows", m.DistillConfig().rows + ",tinybert,pkd")):  # fmt: skip
+                              ("--rows", ",".join([m.DistillConfig().rows, *PEERS]))):  # fmt: skip
             values[name] = default
             if name in rest:
                 at = rest.index(name)

@@ -148,17 +148,17 @@ def test_interrupted_and_continued(files, monkeypatch, capsys, phase, step):  # 
 
 def test_rows_and_seeds_added_later(files, capsys):  # noqa: F811
     """Catches a teacher trained again for a new row, and rows that depend on which came before."""
-    assert ablate(files, out="whole", rows="full no-gan layers=1") == 0
+    assert ablate(files, out="whole", rows="full no-fal no-gan layers=1") == 0
     assert ablate(files, rows="layers=1", seeds="0") == 0
-    assert ablate(files, rows="no-gan", seeds="0") == 0
+    assert ablate(files, rows="no-gan full", seeds="0") == 0
     capsys.readouterr()
-    assert ablate(files, rows="full no-gan layers=1") == 0
+    assert ablate(files, rows="full no-fal no-gan layers=1") == 0
     shown = capsys.readouterr().out
     assert shown.count("teacher     1/5") == 1  # of seed 1
-    assert shown.count("full     1/8") == 2 and shown.count("no-gan     1/8") == 1
+    assert shown.count("no-fal     1/8") == 2 and shown.count("no-gan     1/8") == 1
     runs = [sorted(numbers(report(files, o)), key=str) for o in ("out", "whole")]
     assert runs[0] == runs[1]
-    assert ablate(files, rows="full no-gan layers=1") == 0
+    assert ablate(files, rows="full no-fal no-gan layers=1") == 0
     shown = capsys.readouterr().out
     assert "1/8" not in shown and "of teacher" in shown  # the table alone
 

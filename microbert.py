@@ -213,7 +213,7 @@ class DistillConfig:
     soft: bool = opt(True, "soft targets")
 
     temperature: float = opt(2.0, "tau of the soft targets")
-    soft_weight: float = opt(0.3, "weight a of the soft targets; the hard labels have 1 - a")
+    soft_weight: float = opt(0.7, "weight a of the soft targets; the hard labels have 1 - a")
     alignment_weight: float = opt(3.0, "weight b of the feature alignment loss")
     adversarial_weight: float = opt(0.05, "weight c of the adversarial loss, once ramped up")
     expert_size: int = opt(128, "width P of an expert's projection")

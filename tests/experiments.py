@@ -252,12 +252,6 @@ def lead(full, own):
     return f"{statistics.fmean(gains):+.2f}{error} ({len(gains)})"
 
 
-def counterpart(row, rows):
-    """What a row is compared with: full, or of `no-moe+x=1` the row `x=1`, where there is one."""
-    _, _, rest = row.partition("+")
-    return rest if rest in rows else "full"
-
-
 def shown(values, digits=1):
     """mean ± sd (n), in a table's cell."""
     values = list(values)
@@ -298,9 +292,8 @@ def tables():
     columns = [*tasks, "% kept, mean of the four"]
     print(f"| full's lead | {' | '.join(columns)} |\n{'|---' * (1 + len(columns))}|")
     for row in (row for row in rows if row not in ("teacher", "full")):
-        both = (counterpart(row, rows), row)
-        pairs = [[by_seed(found, r, task, "score") for r in both] for task in tasks]
-        pairs.append([average(found, r) for r in both])
+        pairs = [[by_seed(found, r, task, "score") for r in ("full", row)] for task in tasks]
+        pairs.append([average(found, r) for r in ("full", row)])
         print(f"| {' | '.join([row, *(lead(*pair) for pair in pairs)])} |")
     print()
 
@@ -315,9 +308,6 @@ def curves(found):
     rows |= {"MicroBERT": ["full"], "soft targets only": ["soft-only"]}
     rows |= {"labels only": ["labels-only"], "PKD's recipe": ["pkd"]}
     rows |= {"TinyBERT's recipe": ["tinybert"]}
-    before = "soft_weight=0.7"  # the default of these runs, until the new one's have replaced them
-    rows |= {"sizes, a = 0.7": [before, f"layers=4+{before}"]}
-    rows |= {"soft, a = 0.7": [f"soft-only+{before}"]}
     lines = {}
     for name, own in rows.items():
         kept = {row: average(found, row) for row in own}

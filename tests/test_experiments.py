@@ -92,7 +92,7 @@ def test_pkd_by_hand(encoded):
         100 * (units[0] - units[1]).square().mean().item(), rel=1e-4
     )
     known = -output.logits.log_softmax(-1)[[0, 1, 3], [0, 1, 0]].sum() / 5
-    assert terms["hard"].item() == pytest.approx(0.7 * known.item(), rel=1e-5)
+    assert terms["hard"].item() == pytest.approx(0.3 * known.item(), rel=1e-5)
 
 
 def test_runs_are_written_at_once_and_not_repeated(files, tmp_path, monkeypatch, capsys):  # noqa: F811
@@ -178,10 +178,6 @@ def test_runs_are_written_at_once_and_not_repeated(files, tmp_path, monkeypatch,
         assert leads["pkd"][cell] == f"{(one + two) / 2:+.2f} ± {error:.2f} (2)"
     assert [*leads] == ["tinybert", "pkd"] and {len(c) for c in leads.values()} == {3}
     assert experiments.lead({0: 1.0, 1: 3.0}, {1: 2.0}) == "+1.00 (1)"
-    rows = ["full", "lr=1", "no-moe+lr=1", "no-moe+lr=2", "no-moe"]
-    assert [experiments.counterpart(row, rows) for row in rows[1:]] == [
-        "full", "lr=1", "full", "full",
-    ]  # fmt: skip
     assert {len(c) for c in cells.values()} == {4}
     assert experiments.main(["draw"]) == 0
     picture = ElementTree.parse(tmp_path / "results.svg").getroot()

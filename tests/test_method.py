@@ -407,8 +407,8 @@ def test_terms_are_weighted_and_switched(tmp_path):
     cache, experts = objective.cache, objective.experts
     features = sentence_features(output.hidden_states[1:], batch["attention_mask"])
     expected = {
-        "hard": 0.7 * hard_loss(output.logits, cache.labels[rows]),
-        "soft": 0.3 * soft_loss(output.logits, cache.logits[rows], 2.0),
+        "hard": 0.3 * hard_loss(output.logits, cache.labels[rows]),
+        "soft": 0.7 * soft_loss(output.logits, cache.logits[rows], 2.0),
         "align": 3 * alignment_loss(features, cache.features[rows].float(), experts),
     }
     for name, value in expected.items():
@@ -421,7 +421,7 @@ def test_terms_are_weighted_and_switched(tmp_path):
         assert set(terms) - set(found) == {name}
     torch.testing.assert_close(  # without soft targets the labels get all the weight
         objective_of(tmp_path, soft=False)[3](output, batch["attention_mask"], rows, 0.0)["hard"],
-        expected["hard"] / 0.7,
+        expected["hard"] / 0.3,
     )
 
 

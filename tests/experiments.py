@@ -30,6 +30,7 @@ import microbert as m  # noqa: E402
 RESULTS = HERE / "results.jsonl"
 TASKS = ("SST-2", "MRPC", "STS-B", "CoLA")  # the average is over these
 PEERS = ("tinybert", "pkd")
+COMPARED = ("teacher", "full", "soft-only", *PEERS, "labels-only")
 SIZES = ("layers=1", "layers=2", "full", "layers=4", "layers=5")
 
 
@@ -261,21 +262,69 @@ def shown(values, digits=1):
     return f"{statistics.fmean(values):.{digits}f}{sd} ({len(values)})"
 
 
+def line(*cells):
+    """A row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def heading(*cells):
+    """The heading of a Markdown table."""
+    return f"{line(*cells)}\n{'|---' * len(cells)}|"
+
+
+def lead_over(found, row, task=None):
+    """How far full is ahead of a row: points of score, or of the mean percentage kept."""
+    pair = [by_seed(found, r, task, "score") if task else average(found, r) for r in ("full", row)]
+    return lead(*pair)
+
+
 def tables():
-    """Scores, shares of the teacher's, distances and speeds, row by row, in Markdown."""
+    """The README's tables: the method beside others, its parts, its sizes; then every row."""
     found = results()
-    tasks = list(dict.fromkeys([*TASKS, *(r["task"] for r in found)]))
-    order = ["teacher", *m.row_names(m.DistillConfig().rows), *PEERS, *SIZES]
     had = dict.fromkeys(r["row"] for r in found)
-    rows = list(dict.fromkeys([*(row for row in order if row in had), *had]))
+    means = ("% kept, mean of the four", "ratio of means")
+    print(heading("compared", *TASKS, *means, "full's lead, % kept"))
+    for row in (row for row in COMPARED if row in had):
+        cells = [shown(by_seed(found, row, task, "score").values(), 2) for task in TASKS]
+        if row != "teacher":
+            cells += shown(average(found, row).values(), 2), shown(ratio_of_means(found, row), 2)
+        if row not in ("teacher", "full"):
+            cells.append(lead_over(found, row))
+        print(line(row, *cells, *[""] * (len(TASKS) + 3 - len(cells))))
+    parts = [row for row in experiment_rows() if row.startswith("no-") and row in had]
+    print(f"\n{heading('lead over', *TASKS, '% kept, mean of the four')}")
+    for row in parts:
+        print(line(row, *(lead_over(found, row, task) for task in (*TASKS, None))))
+    sizes = [row for row in SIZES if row in had]
+    seeds = set.intersection(*(set(average(found, row)) for row in sizes)) if sizes else ()
+    print(f"\n{heading('layers', *TASKS, 'mean of the four', 'times as fast')}")
+    for row in sizes:
+        own = [r for r in found if r["row"] == row and r["seed"] in seeds]
+        kept = [[100 * r["retention"] for r in own if r["task"] == task] for task in TASKS]
+        mean = [kept for seed, kept in average(found, row).items() if seed in seeds]
+        speed = shown([r["speed_up"] for r in own if r["task"] in TASKS], 2).split(" (")[0]
+        print(line(row.replace("full", "layers=3"), *map(shown, kept), shown(mean, 2), speed))
+    print()
+    every_row(found)
+
+
+def experiment_rows():
+    """Names of rows in the order that tables have them; others follow."""
+    return ["teacher", *m.row_names(m.DistillConfig().rows), *PEERS, *SIZES]
+
+
+def every_row(found):
+    """Scores, shares of the teacher's, distances and times, row by row."""
+    tasks = list(dict.fromkeys([*TASKS, *(r["task"] for r in found)]))
+    had = dict.fromkeys(r["row"] for r in found)
+    rows = list(dict.fromkeys([*(row for row in experiment_rows() if row in had), *had]))
     for name, key, unit, digits, more in (
         ("score", "score", 1, 2, ()),
         ("% of teacher", "retention", 100, 1, ("mean of the four", "ratio of means")),
         ("distance", "distance", 1, 3, ()),
-        ("times as fast", "speed_up", 1, 2, ()),
         ("minutes", "seconds", 1 / 60, 1, ()),
     ):
-        print(f"| {' | '.join([name, *tasks, *more])} |\n{'|---' * (1 + len(tasks) + len(more))}|")
+        print(heading(name, *tasks, *more))
         for row in rows:
             cells = [
                 [unit * r[key] for r in found if (r["task"], r["row"]) == (task, row) and key in r]
@@ -287,14 +336,11 @@ def tables():
             if more:
                 cells.append(shown(average(found, row).values(), 2))
                 cells.append(shown(ratio_of_means(found, row), 2))
-            print(f"| {' | '.join([row, *cells])} |")
+            print(line(row, *cells))
         print()
-    columns = [*tasks, "% kept, mean of the four"]
-    print(f"| full's lead | {' | '.join(columns)} |\n{'|---' * (1 + len(columns))}|")
+    print(heading("full's lead", *tasks, "% kept, mean of the four"))
     for row in (row for row in rows if row not in ("teacher", "full")):
-        pairs = [[by_seed(found, r, task, "score") for r in ("full", row)] for task in tasks]
-        pairs.append([average(found, r) for r in ("full", row)])
-        print(f"| {' | '.join([row, *(lead(*pair) for pair in pairs)])} |")
+        print(line(row, *(lead_over(found, row, task) for task in (*tasks, None))))
     print()
 
 

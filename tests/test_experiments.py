@@ -203,6 +203,13 @@ def test_a_curve_is_of_the_same_seeds():
     assert list(experiments.curves(found[:12])) == ["MicroBERT (n 3)"]
 
 
+def test_the_readme_has_the_tables(root, capsys):
+    """Catches a README older than its numbers."""
+    assert experiments.main(["tables"]) == 0
+    text = (root / "README.md").read_text(encoding="utf-8").splitlines()
+    assert [row for row in capsys.readouterr().out.splitlines() if row not in text] == []
+
+
 def test_what_is_checked_in_is_drawn_from_the_results(root, tmp_path, monkeypatch):
     """Catches a picture older than its numbers, and a line that lacks where it came from."""
     found = experiments.results()

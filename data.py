@@ -381,7 +381,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    width = max(map(len, encoding.tokens))
+    width = max(map(len, encoding.tokens), default=0)
     for row in zip(encoding.tokens, encoding.ids, encoding.type_ids):
         print(f"{row[0]:{width}}  {row[1]:6d}  segment {row[2]}")
     return 0

@@ -126,19 +126,27 @@ def find_task(name: str | Task, *, regression: bool = False, labels: Sequence[st
     """
     if isinstance(name, Task):
         return name
-    plain = {key.replace("-", "").lower(): key for key in TASKS}
-    wanted = name.replace("-", "").replace("_", "").lower()
-    if wanted in plain and regression:
-        raise ValueError(f"{plain[wanted]}: --regression is for data of your own")
-    if wanted in plain:
-        return TASKS[plain[wanted]]
+    official = official_name(name)
+    if official and regression:
+        raise ValueError(f"{official}: --regression is for data of your own")
+    if official:
+        return TASKS[official]
     if "/" in name or os.sep in name or Path(name).is_dir():
         return own_task(name, regression=regression, labels=labels)
-    near = difflib.get_close_matches(wanted, plain, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(_plain(name), map(_plain, TASKS), n=1, cutoff=0.0)
     raise ValueError(
-        f"no task '{name}', did you mean {plain[near[0]]}? ({' '.join(TASKS)}, or a folder with "
-        "train.tsv and dev.tsv)"
+        f"no task '{name}', did you mean {official_name(near[0])}? ({' '.join(TASKS)}, or a "
+        "folder with train.tsv and dev.tsv)"
     )
+
+
+def official_name(name: str) -> str:
+    """GLUE's own spelling of a task's name, '' for what is none."""
+    return {_plain(key): key for key in TASKS}.get(_plain(name), "")
+
+
+def _plain(name: str) -> str:
+    return name.replace("-", "").replace("_", "").lower()
 
 
 def own_task(folder: str | Path, *, regression: bool = False, labels: Sequence[str] = ()) -> Task:
@@ -175,11 +183,17 @@ def own_task(folder: str | Path, *, regression: bool = False, labels: Sequence[s
     return replace(task, labels=_classes([row[column] for row in rows], found[0], lines))
 
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # would break a line
+
+
 def _classes(cells: list[str], path: Path, lines: list[int]) -> tuple[str, ...]:
     """The classes that train.tsv names, sorted."""
     classes = sorted(set(cells), key=lambda cell: (_number(cell, np.inf), cell))
     if "" in classes:
         raise ValueError(f"{path}:{lines[cells.index('')]}: no label, expected a class or a number")
+    if broken := [name for name in classes if _CONTROL.search(name)]:
+        where = f"{path}:{lines[cells.index(broken[0])]}"
+        raise ValueError(f"{where}: label {broken[0]!r}, expected no control characters")
     if len(classes) < 2:
         raise ValueError(f"{path}: every label is {classes[0]!r}, expected two classes or more")
     if len(classes) > 1024:

@@ -133,8 +133,9 @@ class BertConfig:
                 raise ValueError(f"{f.name} is {value!r}, expected a number, 0 to 1")
         if not 1 <= len(self.labels) <= 2**10:
             raise ValueError(f"{len(self.labels)} labels or more, expected 1 to {2**10}")
-        if len({*self.labels}) < len(self.labels) or not "".join(self.labels).isprintable():
-            raise ValueError(f"labels {str(self.labels):.80}, expected different, printable names")
+        if len({*self.labels}) < len(self.labels) or _CONTROL.search("".join(self.labels)):
+            shown = f"{self.labels!r:.80}"
+            raise ValueError(f"labels {shown}, expected different names, no control characters")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is no multiple of num_attention_heads "
@@ -156,12 +157,14 @@ class BertConfig:
         return json.dumps(stored, indent=2, sort_keys=True) + "\n"
 
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # would break a line
 _IMPLEMENTED: dict[
     str, tuple[Any, ...]
 ] = {  # what BertConfig.load accepts under keys it does not keep
     "model_type": ("bert",),
     "position_embedding_type": ("absolute", None),
     "hidden_act": ("gelu",),
+    "problem_type": ("single_label_classification", "regression", None),
     "is_decoder": (False, None),
     "add_cross_attention": (False, None),
 }
@@ -973,7 +976,7 @@ def resolve_device(name: str) -> torch.device:
     }
     if name == "auto":
         return torch.device(next(device for device, there in here.items() if there))
-    if not here.get(name.split(":")[0], False):
+    if not (re.fullmatch(r"\w+(:\d+)?", name) and here.get(name.split(":")[0], False)):
         raise ValueError(f"device '{name}' is not there; auto takes the best of cuda, mps and cpu")
     return torch.device(name)
 
@@ -1655,6 +1658,9 @@ _TEACHERS = {"toy": (1e-3, 10), "CoLA": (5e-5, 5), "MRPC": (1e-4, 5), "SST-2": (
 
 def settle(config: DistillConfig) -> DistillConfig:
     """The config without its zeros that mean 'automatic', or ValueError for what cannot be."""
+    import glue
+
+    config = replace(config, task=glue.official_name(config.task) or config.task)
     lr = config.lr or {"toy": 1e-3, "CoLA": 1e-4}.get(config.task, 3e-4)
     teacher_lr = config.teacher_lr or _TEACHERS.get(config.task, (5e-5, 0))[0]
     tau = config.logit_adjustment
@@ -1670,17 +1676,20 @@ def settle(config: DistillConfig) -> DistillConfig:
           for f in fields(config) if f.type is float),
         ("precision", config.precision in ("fp32", "bf16"), "auto, fp32 or bf16"),
         ("routing", config.routing in ("task", "sentence"), "task or sentence"),
-        ("temperature", config.temperature > 0, "more than 0"),
+        ("temperature", 0 < config.temperature <= 1000, "more than 0, at most 1000"),
         ("soft_weight", 0 <= config.soft_weight <= 1, "0 to 1"),
         ("warmup", 0 <= config.warmup < 1, "0 to below 1"),
         ("dropout", 0 <= config.dropout < 1, "0 to below 1"),
+        ("transfer_ratio", config.transfer_ratio <= 1000, "at most 1000"),
+        ("clip", config.clip > 0, "more than 0"),
         ("batch_size", config.batch_size > 0, "at least 1"),
         ("log_every", config.log_every > 0, "at least 1"),
         ("save_every", config.save_every > 0, "at least 1"),
         ("expert_size", 0 < config.expert_size <= 2**16, "1 to 65536"),
         ("max_length", config.max_length > 2, "at least 3"),
         *((name, getattr(config, name) >= 0, "0 or more") for name in
-          ("layers", "epochs", "teacher_epochs", "lr", "teacher_lr", "limit")),
+          ("layers", "epochs", "teacher_epochs", "lr", "teacher_lr", "limit", "weight_decay",
+           "alignment_weight", "adversarial_weight", "balance_weight")),
         ("seed", 0 <= config.seed < 2**63, "0 or more, below 2 ** 63"),
     ):  # fmt: skip
         if not good:
@@ -1690,6 +1699,8 @@ def settle(config: DistillConfig) -> DistillConfig:
         raise ValueError(
             "--bert and --teacher exclude each other: one starts a teacher, one is one"
         )
+    if config.layers and config.keep_layers:
+        raise ValueError("--layers and --keep-layers exclude each other: how many, or which")
     if config.transfer and not Path(config.transfer).is_file():
         hint = ""
         if re.fullmatch(r"-?[\d.]+", config.transfer):
@@ -1841,6 +1852,9 @@ def start_run(config: DistillConfig, students: Sequence[DistillConfig] = ()) -> 
             f"task {task.name} needs --bert, a pre-trained BERT to fine-tune, or --teacher"
         )
     train_set, dev = load_split(config, task, "train"), load_split(config, task, "dev")
+    for split in task.splits:
+        if split.startswith("dev_"):  # MNLI's other one: scored at the end, found broken now
+            load_split(config, task, split)
     log = Log(out / "log.jsonl")
     resume = Resume(out, config, train_set, log)
     return Run(config, students or [config], task, train_set, dev, out, log, resume, {})
@@ -1901,7 +1915,10 @@ def score_model(
             raise ValueError(f"{task.name} {split} has no labels to score against; use predict")
         logits = predict_logits(model, data.encode(tokenizer, texts), config)
         metrics = glue.score(task, labels, answers(logits))
-        result |= metrics if "score" not in result else {split: metrics}
+        if split == splits[0]:
+            result |= metrics
+        else:
+            result[split] = metrics
         line = " ".join(f"{name} {value:.2f}" for name, value in metrics.items())
         print(f"{log.phase if log else 'evaluate'} | {task.name} {split} n={len(texts)} | {line}")
         if log:
@@ -1976,7 +1993,8 @@ def gather_transfer(
     for where, text in read_lines(Path(config.transfer)) if config.transfer else ():
         if isinstance(text, ValueError):
             raise ValueError(f"{where}: {text}")
-        given.append(text)
+        if "".join(text).strip():
+            given.append(text)
     for name in task.splits:
         if name != "train":
             try:
@@ -1996,9 +2014,9 @@ def gather_transfer(
     texts, left_out = data.transfer_texts(
         train_texts, others, held_out, count, config.seed, given=given
     )
-    used = f", {min(len(given), count):,} of {config.transfer}'s {len(given):,}" if given else ""
+    first = f" ({len(given):,} texts of {config.transfer} before all others)" if given else ""
     print(
-        f"transfer text: {len(texts)} unlabelled{used}, "
+        f"transfer text: {len(texts)} unlabelled{first}, "
         f"{left_out} left out for occurring in dev or test"
     )
     return texts
@@ -2038,6 +2056,8 @@ def make_teacher(run: Run) -> tuple[Bert, "Tokenizer", "data.Encoded", Tensor]:
     if run.resume.phase not in ("", "teacher"):  # the teacher was finished
         config = replace(config, teacher=str(run.out / "teacher"))
     teacher, folder = starting_bert(config, task, run.out)
+    if not run.resume.phase:
+        refuse_foreign(run, folder)
     for student in run.students:
         keep_layers(student, teacher.config.num_hidden_layers)
     tokenizer = load_fitting_tokenizer(folder, teacher, config)
@@ -2068,6 +2088,16 @@ def make_teacher(run: Run) -> tuple[Bert, "Tokenizer", "data.Encoded", Tensor]:
         rescale(teacher, spread, center)
     save_bert(teacher, run.out / "teacher", tokenizer_from=folder)
     return teacher, tokenizer, encoded, labels
+
+
+def refuse_foreign(run: Run, start: Path) -> None:
+    """Raises ValueError where --out's teacher or student is a checkpoint that no run here left."""
+    for place in (run.out / "teacher", run.out / "student"):
+        if run.config.bert and place.resolve() == start.resolve():
+            raise ValueError(f"--bert {start} is where this run would write; name another --out")
+        known = run.config.overwrite or run.log.path.exists() or place.resolve() == start.resolve()
+        if (place / "config.json").exists() and not known:
+            raise ValueError(f"{place} holds a checkpoint of no run here; --overwrite replaces it")
 
 
 def finetune(config: DistillConfig) -> dict[str, Any]:
@@ -2384,7 +2414,7 @@ def row_options(row: str) -> dict[str, Any]:
     """
     kinds: dict[str, Any] = {f.name: f.type for f in fields(DistillConfig)}
     options: dict[str, Any] = {}
-    for part in row.split("+"):
+    for part in sorted(row.split("+"), key=lambda part: "=" in part):  # a given value wins
         name, given, value = part.partition("=")
         name = name.replace("-", "_") if given else name
         if not given and name in _ROWS:
@@ -2419,25 +2449,53 @@ def ablation_reports(config: DistillConfig) -> Iterator[dict[str, Any]]:
     """What ablation.json holds: at first, and again whenever another student is finished."""
     config = settle(config)
     try:
-        seeds = [int(seed) for seed in config.seeds.split(",")]
+        seeds = list(dict.fromkeys(int(seed) for seed in config.seeds.split(",")))
     except ValueError:
         raise ValueError(f"--seeds is '{config.seeds}', expected e.g. 0,1,2") from None
-    rows = {r: settle(replace(config, **row_options(r))) for r in row_names(config.rows)}
+    for seed in seeds:
+        settle(replace(config, seed=seed))
+    rows = {row: row_config(config, row) for row in row_names(config.rows)}
     file = Path(config.out or "out") / "ablation.json"
     report = load_ablation(file, config)
-    done = {(run["row"], run["seed"]) for run in report["runs"]}
-    if config.overwrite and {(row, seed) for row in rows for seed in seeds} <= done:
-        report["runs"], done = [], set()
+    seen, asked = _names(report["runs"]), {(row, seed) for row in rows for seed in seeds}
+    if config.overwrite and asked <= seen:
+        report["runs"] = [r for r in report["runs"] if (r["row"], r["seed"]) not in asked]
+    done = _names(report["runs"])
     yield report
     for seed in seeds:
         teacher = config.teacher.replace("{seed}", str(seed))
         own = replace(config, seed=seed, teacher=teacher, out=str(file.parent / f"seed-{seed}"))
         left = {r: replace(o, seed=seed) for r, o in rows.items() if (r, seed) not in done}
         for result in train_rows(own, left, ("teacher", seed) in done) if left else ():
-            report["runs"].append(result)
+            seen.add((result["row"], seed))
+            report["runs"] += [*runs_beside(file, report["flags"], seen), result]
+            seen |= _names(report["runs"])
             report["table"] = summarize(report["runs"])
             write_file(file, (json.dumps(report, indent=1) + "\n").encode())
             yield report
+
+
+def row_config(config: DistillConfig, row: str) -> DistillConfig:
+    """What is asked of a row's student, settled."""
+    options = row_options(row)
+    if options.keys() & {"layers", "keep_layers"}:
+        config = replace(config, layers=0, keep_layers="")
+    return settle(replace(config, **options))
+
+
+def _names(runs: Sequence[dict[str, Any]]) -> set[tuple[str, int]]:
+    return {(run["row"], run["seed"]) for run in runs}
+
+
+def runs_beside(
+    file: Path, flags: dict[str, Any], seen: set[tuple[str, int]]
+) -> list[dict[str, Any]]:
+    """What another process, of other rows or seeds, has added to ablation.json meanwhile."""
+    if not file.exists():
+        return []
+    now = json.loads(file.read_text(encoding="utf-8"))
+    same = all(flags[name] == now["flags"].get(name) for name in flags)
+    return [r for r in now["runs"] if same and (r["row"], r["seed"]) not in seen]
 
 
 def load_ablation(file: Path, config: DistillConfig) -> dict[str, Any]:
@@ -2795,6 +2853,8 @@ def parse(arguments: list[str]) -> dict[str, Any]:
         hint = f", did you mean {near[0]}?" if near else ""
         raise ValueError(f"no command '{arguments[0]}'{hint} ({', '.join(_COMMANDS)})")
     chosen, unknown = parser().parse_known_args(arguments)
+    if chosen.command == "predict" and not any(word.startswith("-") for word in unknown):
+        chosen.text, unknown = (*chosen.text, *unknown), []  # texts behind an option
     if unknown:
         flags = ["--" + name.replace("_", "-") for name in _COMMANDS[chosen.command][1]]
         found = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.7)

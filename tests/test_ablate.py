@@ -43,6 +43,10 @@ def numbers(found):
         ("keep_layers=2,4,6", {"keep_layers": "2,4,6"}),
         ("layers=2+lr=1e-4+soft=0", {"layers": 2, "lr": 1e-4, "soft": False}),
         ("no-gan+alignment-weight=3", {"gan": False, "alignment_weight": 3.0}),
+        (
+            "epochs=3+labels-only+moe=1",
+            {"moe": True, "fal": False, "gan": False, "soft": False, "epochs": 3},
+        ),
     ],
 )
 def test_row_options(row, changes):
@@ -178,6 +182,36 @@ def test_other_flags_are_refused_and_overwritten(files, capsys):  # noqa: F811
     assert "full     1/8" in capsys.readouterr().out and len(report(files)["runs"]) == 2
 
 
+def test_a_row_s_layers_are_its_own(files, capsys):  # noqa: F811
+    """Catches --keep-layers that beats a row's layers, and a seed given twice counted as two."""
+    assert ablate(files, "--keep-layers", "1,2,3", rows="full layers=1", seeds="0,0") == 0
+    assert "a student of layers 1, 2, 3\n" in capsys.readouterr().out
+    assert [(r["row"], r["layers"]) for r in report(files)["runs"]] == [
+        ("teacher", 4), ("full", 3), ("layers=1", 1),
+    ]  # fmt: skip
+
+
+def test_two_ablations_side_by_side(files, monkeypatch):  # noqa: F811
+    """Catches a process that writes its own results over another's, and one counted twice."""
+    other, file, train_rows = {"row": "full", "seed": 7}, files / "out/ablation.json", None
+
+    def meanwhile(*given):
+        for result in train_rows(*given):
+            if file.exists():
+                found = report(files)
+                if other["row"] not in [r["row"] for r in found["runs"] if r["seed"] == 7]:
+                    file.write_text(json.dumps(found | {"runs": [*found["runs"], other]}))
+            yield result
+
+    train_rows = microbert.train_rows
+    monkeypatch.setattr(microbert, "train_rows", meanwhile)
+    assert ablate(files, rows="full no-gan", seeds="0") == 0
+    names = [(r["row"], r["seed"]) for r in report(files)["runs"]]
+    assert sorted(names) == [("full", 0), ("full", 7), ("no-gan", 0), ("teacher", 0)]
+    assert ablate(files, "--overwrite", rows="no-gan", seeds="0") == 0
+    assert sorted((r["row"], r["seed"]) for r in report(files)["runs"]) == sorted(names)
+
+
 def test_a_teacher_for_each_seed(files, capsys):  # noqa: F811
     """Catches {seed} in --teacher that stays as it is."""
     for seed, lr in (("0", "1e-3"), ("1", "1e-5")):
@@ -207,6 +241,8 @@ def test_a_teacher_for_each_seed(files, capsys):  # noqa: F811
         (["--rows", "routing=token"], ["--routing", "sentence"]),
         (["--seeds", "0;1"], ["--seeds", "0,1,2"]),
         (["--seeds", "-1"], ["--seed", "0 or more"]),
+        (["--seeds", "0,-1"], ["--seed", "0 or more"]),
+        (["--rows", "layers=1+keep_layers=1,2"], ["--layers and --keep-layers exclude"]),
         (["--transfer", "nowhere.txt"], ["nowhere.txt: no such file"]),
         (["--transfer", "0"], ["--transfer-ratio 0"]),
     ],
@@ -242,11 +278,13 @@ def test_a_file_of_sentences(files, capsys):  # noqa: F811
     """Catches a file that is not read, is cut to its share or to lengths, or brings dev text in."""
     dev = microbert.load_split(DistillConfig(data_dir=str(files)), microbert.find_task(
         DistillConfig(task="SST-2")), "dev").texts[3]  # fmt: skip
-    mine = ["mine", f"my own {'very ' * 40}long one", f" {dev.upper()}!", "left\tand right"]
+    mine = ["mine", f"my own {'very ' * 40}long one", f" {dev.upper()}!", "left\tand right", "d"]
+    mine += ["", " ", "\t"]
     texts = gathered(files, "SST-2", mine)
+    assert not {"", " "} & {*texts}
     assert len(texts) == 80 and mine[0] in texts and mine[1] in texts
     assert "left" in texts and "and right" in texts and not any(dev in t.lower() for t in texts)
-    assert "of " + str(files / "mine.txt") in capsys.readouterr().out
+    assert f"(5 texts of {files / 'mine.txt'} before" in capsys.readouterr().out
     many = gathered(files, "SST-2", [f"number {i}" for i in range(500)])
     assert len(many) == 80 and all(text.startswith("number") for text in many)
     assert gathered(files, "SST-2", mine, ratio=0) == []

@@ -345,6 +345,7 @@ def test_broken_pickle(folder):
 NAN = float("nan")
 UNFIT = [
     ("model_type", "roberta"), ("position_embedding_type", "relative_key"), ("is_decoder", True),
+    ("problem_type", "multi_label_classification"),
     ("add_cross_attention", True), ("hidden_act", "relu"), ("hidden_act", ["gelu"]),
     ("hidden_size", "16"), ("hidden_size", 16.0), ("hidden_size", None), ("hidden_size", 18),
     ("hidden_size", 0), ("hidden_size", -16), ("num_attention_heads", 0),

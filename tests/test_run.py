@@ -403,6 +403,19 @@ def test_scores_that_float32_cannot_tell_apart(files, capsys, labels):
     assert not (files / "out/log.jsonl").exists()
 
 
+def test_texts_to_predict_stand_anywhere(files, capsys):
+    """Catches a text that is refused because an option came first."""
+    assert distil(files, "RTE") == 0
+    said = []
+    one, two, cut = "the cat sat", "a dog ran", ("--max-length", "24")
+    for words in ((one, two, *cut), (*cut, one, two), (one, *cut, two)):
+        capsys.readouterr()
+        assert main(["predict", str(files / "out"), *words]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] == said[2] != ""
+    refused(capsys, main(["predict", str(files / "out"), "--jsn", one]), "--jsn", "--json?")
+
+
 def test_text_is_enough_to_predict(files, capsys):
     """Catches predict that insists on a label column, or reads the labels of another scheme."""
     folder = own_data(files / "mine", ["a", "b"])
@@ -625,6 +638,14 @@ def test_a_finished_run_is_kept(files, capsys):
         (["--lr", "inf"], ["--lr", "finite"]),
         (["--transfer-ratio", "inf"], ["--transfer-ratio", "finite"]),
         (["--clip", "nan"], ["--clip", "finite"]),
+        (["--clip", "-1"], ["--clip", "more than 0"]),
+        (["--weight-decay", "-1"], ["--weight-decay", "0 or more"]),
+        (["--alignment-weight", "-1"], ["--alignment-weight", "0 or more"]),
+        (["--adversarial-weight", "-1"], ["--adversarial-weight", "0 or more"]),
+        (["--temperature", "1e200"], ["--temperature", "at most 1000"]),
+        (["--transfer-ratio", "1e300"], ["--transfer-ratio", "at most 1000"]),
+        (["--device", "cpu:x"], ["cpu:x", "auto"]),
+        (["--layers", "1", "--keep-layers", "1,2"], ["--layers and --keep-layers exclude"]),
     ],
 )
 def test_bad_options_end_in_one_line(files, capsys, arguments, needles):
@@ -640,6 +661,51 @@ def test_bad_data_is_noticed_before_training(files, capsys):
     path.write_text(path.read_text() + "21\tone\ttwo\tmaybe\n")
     refused(capsys, distil(files, "RTE"), f"{path}:23", "'maybe'", "not_entailment")
     assert not (files / "out").exists()
+
+
+def test_the_other_dev_set_is_read_before_training(files, capsys):
+    """Catches MNLI's mismatched set found missing once the teacher is trained."""
+    (files / "MNLI/dev_mismatched.tsv").unlink()
+    refused(capsys, distil(files, "MNLI"), "MNLI/dev_mismatched.tsv", "no such file")
+    assert not (files / "out").exists()
+
+
+@pytest.mark.parametrize("part, given", [("teacher", "out/teacher"), ("student", "bert")])
+def test_a_checkpoint_of_no_run_is_kept(files, capsys, part, given):
+    """Catches a pre-trained BERT, or somebody's student, that --out replaces without a word."""
+    before = files / "out" / part
+    before.mkdir(parents=True)
+    for file in (files / "bert").iterdir():
+        (before / file.name).write_bytes(file.read_bytes())
+    held = {p.name: p.read_bytes() for p in before.iterdir()}
+    more = ["--bert", str(files / given)]
+    refused(
+        capsys, distil(files, "SST-2", *more), before, "--out" if part == "teacher" else "--over"
+    )
+    assert {p.name: p.read_bytes() for p in before.iterdir()} == held
+    assert distil(files, "SST-2", "--overwrite") == 0
+
+
+@pytest.mark.parametrize("name", ["cola", "Co-LA", "mrpc", "sts_b", "STSB", "sst2"])
+def test_a_task_spelled_otherwise_has_its_defaults(name):
+    """Catches settings of a task that are those of no task where its name is spelled otherwise."""
+    official = {"cola": "CoLA", "mrpc": "MRPC", "stsb": "STS-B", "sst2": "SST-2"}
+    plain = name.lower().replace("-", "").replace("_", "")
+    own, other = (
+        microbert.settle(microbert.DistillConfig(task=n)) for n in (official[plain], name)
+    )
+    assert own == other and own.teacher_lr == microbert._TEACHERS[own.task][0]
+
+
+def test_class_names_that_only_look_odd(files, capsys):
+    """Catches a run lost at its end over a class name, and names that would break a line."""
+    labels = ["non\u00a0lu", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"]
+    folder = own_data(files / "mine", labels)
+    assert distil(files, folder) == 0
+    assert load_bert(files / "out/student").config.labels == tuple(sorted(labels))
+    capsys.readouterr()
+    path = own_data(files / "other", ["a", "b\x1b[2J"]) / "train.tsv"
+    refused(capsys, distil(files, path.parent, out="o"), f"{path}:3", "\\x1b", "control")
 
 
 def test_what_was_there_survives_a_mistake(files, capsys):

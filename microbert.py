@@ -2893,6 +2893,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         chosen = parse(list(sys.argv[1:] if argv is None else argv))
         run, *_ = _COMMANDS[chosen.pop("command")]
+        warnings.filterwarnings("ignore", ".*drawn at random")  # commands say so, or refuse it
         run(join_processes(DistillConfig(**chosen)))
         if dist.is_initialized():  # together: one that is gone would take the others' threads along
             dist.barrier()

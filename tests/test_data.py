@@ -382,6 +382,14 @@ def test_script_wants_a_text_or_a_pair(arguments, capsys):
     assert data.main(["--help"]) == 0 and "CHECKPOINT" in capsys.readouterr().out
 
 
+def test_script_where_nothing_is_left(tmp_path, capsys):
+    """Catches a traceback for an empty text of a tokenizer that adds no [CLS]."""
+    words = models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")
+    Tokenizer(words).save(str(tmp_path / "tokenizer.json"))
+    code, said = data.main([str(tmp_path), ""]), capsys.readouterr()
+    assert code == 0 and said.out == "", said
+
+
 def test_the_first_texts_alone():
     """Catches texts cut in the middle."""
     encoded = data.Encoded(

@@ -2093,9 +2093,10 @@ def make_teacher(run: Run) -> tuple[Bert, "Tokenizer", "data.Encoded", Tensor]:
 def refuse_foreign(run: Run, start: Path) -> None:
     """Raises ValueError where --out's teacher or student is a checkpoint that no run here left."""
     for place in (run.out / "teacher", run.out / "student"):
-        if run.config.bert and place.resolve() == start.resolve():
+        itself = place.resolve() == start.resolve()
+        if run.config.bert and itself:
             raise ValueError(f"--bert {start} is where this run would write; name another --out")
-        known = run.config.overwrite or run.log.path.exists() or place.resolve() == start.resolve()
+        known = run.config.overwrite or run.log.path.exists() or itself
         if (place / "config.json").exists() and not known:
             raise ValueError(f"{place} holds a checkpoint of no run here; --overwrite replaces it")
 
@@ -2494,7 +2495,7 @@ def runs_beside(
     if not file.exists():
         return []
     now = json.loads(file.read_text(encoding="utf-8"))
-    same = all(flags[name] == now["flags"].get(name) for name in flags)
+    same = same_flags(now["flags"], flags, file.parent, overwrite=True)
     return [r for r in now["runs"] if same and (r["row"], r["seed"]) not in seen]
 
 

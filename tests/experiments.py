@@ -262,20 +262,28 @@ def shown(values, digits=1):
     return f"{statistics.fmean(values):.{digits}f}{sd} ({len(values)})"
 
 
-def line(*cells):
+def table_row(*cells):
     """A row of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
 def heading(*cells):
     """The heading of a Markdown table."""
-    return f"{line(*cells)}\n{'|---' * len(cells)}|"
+    return f"{table_row(*cells)}\n{'|---' * len(cells)}|"
 
 
 def lead_over(found, row, task=None):
     """How far full is ahead of a row: points of score, or of the mean percentage kept."""
     pair = [by_seed(found, r, task, "score") if task else average(found, r) for r in ("full", row)]
     return lead(*pair)
+
+
+def leads(name, found, rows, tasks):
+    """The table of full's lead over these rows."""
+    print(heading(name, *tasks, "% kept, mean of the four"))
+    for row in rows:
+        print(table_row(row, *(lead_over(found, row, task) for task in (*tasks, None))))
+    print()
 
 
 def tables():
@@ -290,25 +298,24 @@ def tables():
             cells += shown(average(found, row).values(), 2), shown(ratio_of_means(found, row), 2)
         if row not in ("teacher", "full"):
             cells.append(lead_over(found, row))
-        print(line(row, *cells, *[""] * (len(TASKS) + 3 - len(cells))))
-    parts = [row for row in experiment_rows() if row.startswith("no-") and row in had]
-    print(f"\n{heading('lead over', *TASKS, '% kept, mean of the four')}")
-    for row in parts:
-        print(line(row, *(lead_over(found, row, task) for task in (*TASKS, None))))
+        print(table_row(row, *cells, *[""] * (len(TASKS) + 3 - len(cells))))
+    print()
+    parts = [row for row in row_order() if row.startswith("no-") and row in had]
+    leads("lead over", found, parts, TASKS)
     sizes = [row for row in SIZES if row in had]
     seeds = set.intersection(*(set(average(found, row)) for row in sizes)) if sizes else ()
-    print(f"\n{heading('layers', *TASKS, 'mean of the four', 'times as fast')}")
+    print(heading("layers", *TASKS, "mean of the four", "times as fast"))
     for row in sizes:
         own = [r for r in found if r["row"] == row and r["seed"] in seeds]
         kept = [[100 * r["retention"] for r in own if r["task"] == task] for task in TASKS]
-        mean = [kept for seed, kept in average(found, row).items() if seed in seeds]
+        mean = [share for seed, share in average(found, row).items() if seed in seeds]
         speed = shown([r["speed_up"] for r in own if r["task"] in TASKS], 2).split(" (")[0]
-        print(line(row.replace("full", "layers=3"), *map(shown, kept), shown(mean, 2), speed))
+        print(table_row(row.replace("full", "layers=3"), *map(shown, kept), shown(mean, 2), speed))
     print()
     every_row(found)
 
 
-def experiment_rows():
+def row_order():
     """Names of rows in the order that tables have them; others follow."""
     return ["teacher", *m.row_names(m.DistillConfig().rows), *PEERS, *SIZES]
 
@@ -317,7 +324,7 @@ def every_row(found):
     """Scores, shares of the teacher's, distances and times, row by row."""
     tasks = list(dict.fromkeys([*TASKS, *(r["task"] for r in found)]))
     had = dict.fromkeys(r["row"] for r in found)
-    rows = list(dict.fromkeys([*(row for row in experiment_rows() if row in had), *had]))
+    rows = list(dict.fromkeys([*(row for row in row_order() if row in had), *had]))
     for name, key, unit, digits, more in (
         ("score", "score", 1, 2, ()),
         ("% of teacher", "retention", 100, 1, ("mean of the four", "ratio of means")),
@@ -336,12 +343,9 @@ def every_row(found):
             if more:
                 cells.append(shown(average(found, row).values(), 2))
                 cells.append(shown(ratio_of_means(found, row), 2))
-            print(line(row, *cells))
+            print(table_row(row, *cells))
         print()
-    print(heading("full's lead", *tasks, "% kept, mean of the four"))
-    for row in (row for row in rows if row not in ("teacher", "full")):
-        print(line(row, *(lead_over(found, row, task) for task in (*tasks, None))))
-    print()
+    leads("full's lead", found, [row for row in rows if row not in ("teacher", "full")], tasks)
 
 
 def curves(found):

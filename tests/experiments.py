@@ -1,4 +1,4 @@
-"""The experiments behind the README's tables: runs them, prints the tables, draws the picture.
+"""The experiments behind tests/RESULTS.md: runs them, writes its tables, draws its picture.
 
 python tests/experiments.py run --tasks MRPC,CoLA --seeds 0,1,2 --rows full,soft-only,tinybert
     --out runs/experiments --data-dir glue --bert path/to/bert [any option of distil]
@@ -7,11 +7,14 @@ python tests/experiments.py draw
 
 `run` trains `microbert.py ablate`'s rows, and the peers' recipes below, task by task and seed by
 seed. Every finished student is a line of tests/results.jsonl at once and is not run again.
-`tables` and `draw` (tests/results.svg) read that file alone.
+`tables` (between the two marks of tests/RESULTS.md) and `draw` (tests/results.svg) read that file
+alone.
 """
 
+import argparse
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -30,8 +33,16 @@ import microbert as m  # noqa: E402
 RESULTS = HERE / "results.jsonl"
 TASKS = ("SST-2", "MRPC", "STS-B", "CoLA")  # the average is over these
 PEERS = ("tinybert", "pkd")
-COMPARED = ("teacher", "full", "soft-only", *PEERS, "labels-only")
+ABLATED = ("full", "no-moe", "no-fal", "no-gan", "no-soft", "no-transfer", "soft-only",
+           "soft-only+no-transfer", "labels-only")  # fmt: skip
 SIZES = ("layers=1", "layers=2", "full", "layers=4", "layers=5")
+COMPARED = {  # the README's table
+    "teacher": "teacher, 6 layers", "full": "MicroBERT, 3 layers",
+    "soft-only": "soft targets alone, 3", "pkd": "PKD's recipe, 3",
+    "tinybert": "TinyBERT's recipe, 3", "labels-only": "labels alone, 3",
+    "layers=2": "MicroBERT, 2 layers", "layers=4": "MicroBERT, 4 layers",
+}  # fmt: skip
+START, END = "<!-- tables: python tests/experiments.py tables -->\n\n", "<!-- end -->"
 
 
 # --- the peers' recipes --------------------------------------------------------------------------
@@ -128,51 +139,53 @@ class Pkd:
         return terms
 
 
+def peer_stages(name, run, cache, encoded, teacher, student, layers):
+    """Objective, texts and passes of a peer's trainings: as many updates as ours in each."""
+    config, ours = run.config, m.student_stages(run, cache, None)
+    labelled, again = encoded.first(len(run.encoded)), sum(stage.epochs for stage in ours[1:])
+    if name == "pkd":
+        objective = Pkd(cache, config)
+        return [(objective, encoded, ours[0].epochs), (objective, labelled, again)]
+    stages = []
+    for predicting, (rows, passes) in enumerate(two_stages(encoded, ours[0].epochs)):
+        logits, part = cache.logits[rows] if predicting else None, some(encoded, rows)
+        stages.append((TinyBert(teacher, student, part, layers, config, logits), part, passes))
+    soft = cache.logits[: len(labelled)]
+    return [*stages, (TinyBert(teacher, student, labelled, layers, config, soft), labelled, again)]
+
+
 def train_peers(config, names):
     """Results of the peers' students: same teacher, texts, shape and number of updates as ours."""
-    run = m.start_run(config)
-    teacher, ready = m.prepare(run)
-    reached = run.results["teacher"]["score"]
-    texts, epochs = m.texts_and_passes(run, ready)
-    dev, in_fp32 = data.encode(ready.tokenizer, run.dev.texts), replace(config, precision="fp32")
-    wanted = m.predict_logits(teacher, dev, in_fp32)
-    depth = teacher.config.num_hidden_layers
+    run, teacher = m.start(config)
+    config, log, (center, spread) = run.config, run.log, run.unit
+    with log.timed("teacher", "as it was given"):
+        wanted = m.score(run, "teacher", teacher)
+        encoded, cache, _ = m.ask(run, teacher)
+    depth, reached = teacher.config.num_hidden_layers, run.results["teacher"]["score"]
+    own = m.start_layers(config, depth, pairs=run.task.pairs)
+    aligned = m.layer_map(depth, len(own))
+    updates = sum(
+        stage.epochs * math.ceil(stage.texts / config.batch_size)
+        for stage in m.student_stages(run, cache, None)
+    )
     for name in names:
-        own = m.keep_layers(config, depth, pairs=run.task.pairs)
-        keep = ready.layers if name == "tinybert" else own
+        keep = aligned if name == "tinybert" else own
         student = m.prune(teacher.cpu(), keep)
-        m.set_dropout(student, config.dropout)
-        with run.log.timed(name, f"a student of layers {', '.join(map(str, keep))}"):
-            again = m.label_epochs(config)  # as many updates as ours: their own loss once more
-            labelled = texts.first(ready.labelled)
-            if name == "pkd":
-                objective = Pkd(ready.cache, config)
-                stages = [(objective, texts, epochs), (objective, labelled, again)]
-            else:
-                stages = []
-                for predicting, (rows, passes) in enumerate(two_stages(texts, epochs)):
-                    logits = ready.cache.logits[rows] if predicting else None
-                    part = some(texts, rows)
-                    objective = TinyBert(teacher, student, part, ready.layers, config, logits)
-                    stages.append((objective, part, passes))
-                soft = ready.cache.logits[: ready.labelled]
-                objective = TinyBert(teacher, student, labelled, ready.layers, config, soft)
-                stages.append((objective, labelled, again))
+        m.set_dropout(student, 0.0)
+        with log.timed(name, f"a student of layers {', '.join(map(str, keep))}"):
+            stages = peer_stages(name, run, cache, encoded, teacher, student, aligned)
             for objective, part, passes in stages:
-                m.train(student, part, objective, config, run.log, epochs=passes, lr=config.lr)
-            center, spread = ready.unit
+                m.train(student, part, objective, config, log, epochs=passes, lr=config.lr)
             m.rescale(student, spread, center)
-            scores = m.score_model(student, ready.tokenizer, run.task, config, run.log)
-        speeds = m.examples_per_second([teacher, student], dev.first(min(128, len(dev))), config)
-        given = (m.predict_logits(student, dev, in_fp32) - center) / spread
+            given = m.score(run, name, student)
+        speeds = m.examples_per_second([teacher, student], run)
         yield {
-            "row": name, "seed": config.seed, **scores,
-            "retention": scores["score"] / reached, "speed_up": speeds[1] / speeds[0],
-            "distance": m.soft_loss(given, wanted).item(),
-            "updates": m.count_updates(config, ready, texts, epochs),
-            "seconds": round(run.log.seconds[name], 1),
+            "row": name, "seed": config.seed, **run.results[name],
+            "retention": run.results[name]["score"] / reached, "speed_up": speeds[1] / speeds[0],
+            "distance": m.soft_loss(given / spread, wanted / spread).item(), "updates": updates,
+            "seconds": round(log.seconds[name], 1),
         }  # fmt: skip
-    m.remove_cache(run)
+    m.sweep(run.out)
 
 
 # --- running -------------------------------------------------------------------------------------
@@ -191,9 +204,7 @@ def run(tasks, seeds, rows, options):
     ours = [row for row in rows if row not in PEERS]
     for seed in seeds:
         for task in tasks:
-            given = m.parse(["ablate", "--task", task, *options, "--seeds", str(seed)])
-            given.pop("command")
-            config = m.DistillConfig(**given)
+            _, config = m.parse(["ablate", "--task", task, *options, "--seeds", str(seed)])
             out = Path(config.out) / task
             kept = [w for w in options if w not in ("--out", config.out)]
 
@@ -207,17 +218,13 @@ def run(tasks, seeds, rows, options):
                             file.write(json.dumps(line) + "\n")
 
             known = {r["row"] for r in results() if (r["task"], r["seed"]) == (task, seed)}
-            left = [row for row in ours if row not in known]
-            if left:
-                for report in m.ablation_reports(
-                    replace(config, out=str(out), rows=" ".join(left))
-                ):
-                    note(report["runs"])
+            for row in (row for row in ours if row not in known):
+                note(m.ablate(replace(config, out=str(out), rows=row))["runs"])
             if left := [row for row in rows if row not in (*ours, *known)]:
                 given = config.teacher.replace("{seed}", str(seed))
                 asked = replace(
-                    m.settle(config), bert="", teacher=given or str(out / f"seed-{seed}/teacher"),
-                    seed=seed, out=str(out / f"peers-{seed}"), overwrite=True,
+                    config, bert="", teacher=given or str(out / f"seed-{seed}/teacher"), seed=seed,
+                    out=str(out / f"peers-{seed}"), overwrite=True, baseline=False,
                 )  # fmt: skip
                 for result in train_peers(asked, left):
                     note([result])
@@ -228,7 +235,7 @@ def run(tasks, seeds, rows, options):
 
 def by_seed(found, row, task, key):
     """What each seed got."""
-    return {r["seed"]: r[key] for r in found if (r["task"], r["row"]) == (task, row)}
+    return {r["seed"]: r[key] for r in found if (r["task"], r["row"]) == (task, row) and key in r}
 
 
 def average(found, row, key="retention"):
@@ -244,6 +251,17 @@ def ratio_of_means(found, row):
     return [100 * mean / teacher[s] for s, mean in average(found, row, "score").items()]
 
 
+def spread(values, digits):
+    """mean ± sd, in a table's cell."""
+    sd = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{sd}"
+
+
+def shown(values, digits):
+    """mean ± sd (n), in a table's cell."""
+    return f"{spread([*values], digits)} ({len(values)})" if values else "–"
+
+
 def lead(full, own):
     """full - own over the seeds that both have, in a table's cell: mean ± standard error (n)."""
     gains = [full[seed] - own[seed] for seed in full if seed in own]
@@ -253,99 +271,67 @@ def lead(full, own):
     return f"{statistics.fmean(gains):+.2f}{error} ({len(gains)})"
 
 
-def shown(values, digits=1):
-    """mean ± sd (n), in a table's cell."""
-    values = list(values)
-    if not values:
-        return "–"
-    sd = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{sd} ({len(values)})"
+def table(title, *rows):
+    """A Markdown table under its title; the first row of cells is its heading."""
+    lines = [f"| {' | '.join(cells)} |" for cells in rows]
+    lines.insert(1, "|---" * len(rows[0]) + "|")
+    return "\n".join([f"### {title}\n", *lines, "\n"])
 
 
-def table_row(*cells):
-    """A row of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
+def overview(found, title, key, unit, names, seeds=None):
+    """Tasks, speed and share kept of these rows, over the seeds that have all tasks, or `seeds`."""
+    rows = []
+    for row, name in names.items():
+        wanted = average(found, row, key) if seeds is None else seeds
+        own = [r for r in found if r["row"] == row and r["task"] in TASKS and r["seed"] in wanted]
+        if own:
+            cells = [spread([unit * r[key] for r in own if r["task"] == t], 1) for t in TASKS]
+            speed = statistics.fmean(r.get("speed_up", 1) for r in own)  # the teacher's is 1
+            kept = [mean for seed, mean in average(found, row).items() if seed in wanted]
+            rows.append([name, *cells, f"{speed:.2f}", spread(kept or [100], 1), str(len(wanted))])
+    return table(title, ["", *TASKS, "times as fast", "% kept", "seeds"], *rows)
 
 
-def heading(*cells):
-    """The heading of a Markdown table."""
-    return f"{table_row(*cells)}\n{'|---' * len(cells)}|"
-
-
-def lead_over(found, row, task=None):
-    """How far full is ahead of a row: points of score, or of the mean percentage kept."""
-    pair = [by_seed(found, r, task, "score") if task else average(found, r) for r in ("full", row)]
-    return lead(*pair)
-
-
-def leads(name, found, rows, tasks):
-    """The table of full's lead over these rows."""
-    print(heading(name, *tasks, "% kept, mean of the four"))
+def every_row(found, title, key, unit, digits, rows, tasks):
+    """One number of every row that has it, task by task."""
+    lines, more = [], ["mean of the four", "ratio of means"] * (key == "retention")
     for row in rows:
-        print(table_row(row, *(lead_over(found, row, task) for task in (*tasks, None))))
-    print()
+        cells = [[unit * n for n in by_seed(found, row, t, key).values()] for t in tasks]
+        means = [average(found, row).values(), ratio_of_means(found, row)] if more else []
+        if any(cells):
+            lines.append([row, *(shown(c, digits) for c in cells), *(shown(c, 2) for c in means)])
+    return table(title, ["", *tasks, *more], *lines)
+
+
+def leads(found, title, rows, tasks):
+    """How far full is ahead of each row, in points of score and of the mean percentage kept."""
+    lines = [["", *tasks, "% kept, mean of the four"]]
+    for row in rows:
+        pairs = [[by_seed(found, r, t, "score") for r in ("full", row)] for t in tasks]
+        pairs.append([average(found, r) for r in ("full", row)])
+        lines.append([row, *(lead(*pair) for pair in pairs)])
+    return table(title, *lines)
 
 
 def tables():
-    """The README's tables: the method beside others, its parts, its sizes; then every row."""
-    found = results()
+    """Writes the tables of tests/RESULTS.md anew, between its two marks."""
+    found, file = results(), HERE / "RESULTS.md"
     had = dict.fromkeys(r["row"] for r in found)
-    means = ("% kept, mean of the four", "ratio of means")
-    print(heading("compared", *TASKS, *means, "full's lead, % kept"))
-    for row in (row for row in COMPARED if row in had):
-        cells = [shown(by_seed(found, row, task, "score").values(), 2) for task in TASKS]
-        if row != "teacher":
-            cells += shown(average(found, row).values(), 2), shown(ratio_of_means(found, row), 2)
-        if row not in ("teacher", "full"):
-            cells.append(lead_over(found, row))
-        print(table_row(row, *cells, *[""] * (len(TASKS) + 3 - len(cells))))
-    print()
-    parts = [row for row in row_order() if row.startswith("no-") and row in had]
-    leads("lead over", found, parts, TASKS)
-    sizes = [row for row in SIZES if row in had]
-    seeds = set.intersection(*(set(average(found, row)) for row in sizes)) if sizes else ()
-    print(heading("layers", *TASKS, "mean of the four", "times as fast"))
-    for row in sizes:
-        own = [r for r in found if r["row"] == row and r["seed"] in seeds]
-        kept = [[100 * r["retention"] for r in own if r["task"] == task] for task in TASKS]
-        mean = [share for seed, share in average(found, row).items() if seed in seeds]
-        speed = shown([r["speed_up"] for r in own if r["task"] in TASKS], 2).split(" (")[0]
-        print(table_row(row.replace("full", "layers=3"), *map(shown, kept), shown(mean, 2), speed))
-    print()
-    every_row(found)
-
-
-def row_order():
-    """Names of rows in the order that tables have them; others follow."""
-    return ["teacher", *m.row_names(m.DistillConfig().rows), *PEERS, *SIZES]
-
-
-def every_row(found):
-    """Scores, shares of the teacher's, distances and times, row by row."""
+    rows = [r for r in dict.fromkeys(["teacher", *ABLATED, *PEERS, *SIZES, *had]) if r in had]
     tasks = list(dict.fromkeys([*TASKS, *(r["task"] for r in found)]))
-    had = dict.fromkeys(r["row"] for r in found)
-    rows = list(dict.fromkeys([*(row for row in row_order() if row in had), *had]))
-    for name, key, unit, digits, more in (
-        ("score", "score", 1, 2, ()),
-        ("% of teacher", "retention", 100, 1, ("mean of the four", "ratio of means")),
-        ("distance", "distance", 1, 3, ()),
-        ("minutes", "seconds", 1 / 60, 1, ()),
-    ):
-        print(heading(name, *tasks, *more))
-        for row in rows:
-            cells = [
-                [unit * r[key] for r in found if (r["task"], r["row"]) == (task, row) and key in r]
-                for task in tasks
-            ]
-            if not any(cells):
-                continue
-            cells = [shown(values, digits) for values in cells]
-            if more:
-                cells.append(shown(average(found, row).values(), 2))
-                cells.append(shown(ratio_of_means(found, row), 2))
-            print(table_row(row, *cells))
-        print()
-    leads("full's lead", found, [row for row in rows if row not in ("teacher", "full")], tasks)
+    sizes = {r: r.replace("full", "layers=3") for r in SIZES if average(found, r)}
+    common = set.intersection(*(set(average(found, r)) for r in sizes)) if sizes else ()
+    made = [
+        overview(found, "Compared", "score", 1, COMPARED),
+        overview(found, "Sizes, % of the teacher's score", "retention", 100, sizes, common),
+        leads(found, "Full's lead", [r for r in rows if r not in ("teacher", "full")], tasks),
+        every_row(found, "Score", "score", 1, 2, rows, tasks),
+        every_row(found, "% of the teacher's score", "retention", 100, 1, rows, tasks),
+        every_row(found, "Distance", "distance", 1, 3, rows, tasks),
+        every_row(found, "Minutes", "seconds", 1 / 60, 1, rows, tasks),
+    ]
+    before, rest = file.read_text(encoding="utf-8").split(START)
+    file.write_text(before + START + "".join(made) + END + rest.split(END)[1], encoding="utf-8")
 
 
 def curves(found):
@@ -424,16 +410,13 @@ def main(argv):
     elif command == "draw":
         draw()
     elif command == "run":
-        values = {}
-        for name, default in (("--tasks", ",".join(TASKS)), ("--seeds", "0,1,2"),
-                              ("--rows", ",".join([m.DistillConfig().rows, *PEERS]))):  # fmt: skip
-            values[name] = default
-            if name in rest:
-                at = rest.index(name)
-                values[name] = rest[at + 1]
-                del rest[at : at + 2]
-        seeds = [int(seed) for seed in values["--seeds"].split(",")]
-        run(values["--tasks"].split(","), seeds, m.row_names(values["--rows"]), rest)
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--tasks", default=",".join(TASKS))
+        parser.add_argument("--seeds", default="0,1,2")
+        parser.add_argument("--rows", default=",".join([*ABLATED, *PEERS]))
+        asked, rest = parser.parse_known_args(rest)
+        seeds = [int(seed) for seed in asked.seeds.split(",")]
+        run(asked.tasks.split(","), seeds, re.split(r"[\s,]+(?=[a-z])", asked.rows), rest)
     else:
         print(__doc__, file=sys.stderr)
         return 2

@@ -1,9 +1,12 @@
 """Tokenizers in both forms, encoding, batches, transfer text and the built-in task."""
 
+import io
+import itertools
 import json
 import re
 import subprocess
 import sys
+import zlib
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -20,6 +23,11 @@ TEXTS = [
     "[SEP] was\u2028hot\u0085\x00 a", "a b " * 30,
 ]  # fmt: skip
 PAIRS = [(a, b) for a in TEXTS for b in TEXTS]
+
+
+def crc(value):
+    """Four bytes that stand for what an earlier version gave."""
+    return zlib.crc32(json.dumps(value).encode())
 
 
 def checkpoint(folder, form="vocab.txt", vocab=VOCAB, **config):
@@ -49,21 +57,15 @@ def tokenizer(tmp_path):
     return data.load_tokenizer(checkpoint(tmp_path), max_length=20)
 
 
-# --- tokenizer -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("form", ["vocab.txt", "tokenizer.json"])
-@pytest.mark.parametrize(
-    "config, tokens",
-    [
-        ({}, "ete 汤 水"),
-        ({"do_lower_case": True, "strip_accents": None}, "ete 汤 水"),
-        ({"do_lower_case": False}, "Été 汤 水"),  # accents follow case where they are not named
-        ({"do_lower_case": False, "strip_accents": True}, "Ete 汤 水"),
-        ({"strip_accents": False}, "été 汤 水"),
-        ({"tokenize_chinese_chars": False}, "ete 汤水"),
-    ],
-)
+@pytest.mark.parametrize("config, tokens", [
+    ({}, "ete 汤 水"),
+    ({"do_lower_case": True, "strip_accents": None}, "ete 汤 水"),
+    ({"do_lower_case": False}, "Été 汤 水"),  # accents follow case where they are not named
+    ({"do_lower_case": False, "strip_accents": True}, "Ete 汤 水"),
+    ({"strip_accents": False}, "été 汤 水"),
+    ({"tokenize_chinese_chars": False}, "ete 汤水"),
+])  # fmt: skip
 def test_switches_of_the_tokenizer(tmp_path, form, config, tokens):
     """Catches a cased checkpoint lower-cased, and switches honoured in one of the forms only."""
     tokenizer = data.load_tokenizer(checkpoint(tmp_path, form, **config))
@@ -87,14 +89,12 @@ def test_tokens_equal_transformers(tmp_path, lower):
     folder = checkpoint(tmp_path, do_lower_case=lower)
     oracle = transformers.BertTokenizerFast.from_pretrained(folder)
     encoded = data.encode(data.load_tokenizer(folder, max_length=20), TEXTS + PAIRS)
-    cut = dict(truncation="longest_first", max_length=20)
-    expected = [oracle(TEXTS, **cut), oracle(*map(list, zip(*PAIRS)), **cut)]
-    ids, type_ids = (
-        [row for part in expected for row in part[name]] for name in ("input_ids", "token_type_ids")
-    )
-    for i, (start, stop) in enumerate(zip(encoded.offsets, encoded.offsets[1:])):
-        assert encoded.ids[start:stop].tolist() == ids[i]
-        assert encoded.type_ids[start:stop].tolist() == type_ids[i]
+    for i, text in enumerate(TEXTS + PAIRS):
+        sides = [text] if isinstance(text, str) else text
+        expected = oracle(*[[side] for side in sides], truncation="longest_first", max_length=20)
+        start, stop = encoded.offsets[i : i + 2]
+        assert encoded.ids[start:stop].tolist() == expected["input_ids"][0]
+        assert encoded.type_ids[start:stop].tolist() == expected["token_type_ids"][0]
 
 
 def test_truncation_takes_from_the_longer_side(tokenizer):
@@ -107,79 +107,84 @@ def test_truncation_takes_from_the_longer_side(tokenizer):
     assert tokenizer.encode(long).tokens == ["[CLS]", *"ab" * 9, "[SEP]"]
 
 
-@pytest.mark.parametrize(
-    "files, error",
-    [
-        ({}, FileNotFoundError),
-        ({"vocab.txt": b""}, ValueError),
-        ({"vocab.txt": b"the\nsoup\n"}, ValueError),
-        ({"vocab.txt": b"\xff\xfe[PAD]\n"}, ValueError),
-        ({"tokenizer.json": b""}, ValueError),
-        ({"tokenizer.json": b'{"model": 1}'}, ValueError),
-        ({"tokenizer.json": b"version https://git-lfs.github.com/spec/v1\n"}, ValueError),
-        ({"tokenizer_config.json": b'{"do_lower'}, ValueError),
-        ({"tokenizer_config.json": b"[1]"}, ValueError),
-        ({"tokenizer_config.json": b'{"do_lower_case": "yes"}'}, ValueError),
-    ],
-)
-def test_broken_tokenizer_files(tmp_path, files, error):
-    """Catches a traceback from inside a library, or an error that does not name the folder."""
-    if "tokenizer_config.json" in files:
+@pytest.mark.parametrize("name, content", [
+    ("neither", b""), ("vocab.txt", b""), ("vocab.txt", b"the\nsoup\n"), ("vocab.txt", b"\xff\n"),
+    ("vocab.txt", b"[CLS]\n[SEP]\nthe\n"), ("tokenizer.json", b'{"model": 1}'),
+    ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n"), ("tokenizer.json", b""),
+    ("tokenizer_config.json", b'{"do_lower'), ("tokenizer_config.json", b"[1]"),
+    ("tokenizer_config.json", b'{"do_lower_case": "yes"}'),
+])  # fmt: skip
+def test_broken_tokenizer_files(tmp_path, name, content):
+    """Catches a traceback from inside a library, or an error that does not name the file."""
+    if name == "tokenizer_config.json":
         checkpoint(tmp_path)
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(error, match=re.escape(str(tmp_path))):
+    (tmp_path / name).write_bytes(content)
+    error = FileNotFoundError if name == "neither" else ValueError
+    with pytest.raises(error, match=f"{re.escape(str(tmp_path))}.*{name}"):
         data.load_tokenizer(tmp_path)
 
 
-# --- encoding and batches ------------------------------------------------------------------------
+def test_lines_of_a_file_and_of_standard_input(tmp_path, monkeypatch):
+    """Catches a byte order mark kept, a bad line that ends the others, a line number off by one."""
+    raw = b"\xef\xbb\xbfa cat\r\n\xff\nbig\tdog\n\na\tb\tc\n \xe2\x80\xa8 "
+    (path := tmp_path / "lines").write_bytes(raw)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
+    for given, where in ((path, path), (None, "standard input")):
+        places, texts = zip(*data.read_lines(given))
+        assert list(places) == [f"{where}:{n}" for n in range(1, 7)]
+        assert isinstance(texts[1], UnicodeDecodeError) and isinstance(texts[4], ValueError)
+        assert str(texts[4]) == "3 tab-separated texts, expected one or a pair"
+        assert [texts[i] for i in (0, 2, 3, 5)] == ["a cat", ("big", "dog"), "", " \u2028 "]
 
 
 def test_encode_by_hand(tokenizer):
-    """Catches wrong offsets or segments, and texts lost or swapped between chunks."""
+    """Catches wrong offsets, segments or types, texts swapped between chunks, no text at all."""
     texts = [("the soup", "was"), ("hot", ""), ("the", "the soup")]
     encoded = data.encode(tokenizer, texts, chunk=2)
     # VOCAB: [CLS] 2, [SEP] 3, the 5, soup 6, was 7, hot 8; lengths 2+1+3, 1+0+3, 1+2+3
     assert encoded.ids.tolist() == [2, 5, 6, 3, 7, 3, 2, 8, 3, 3, 2, 5, 3, 5, 6, 3]
     assert encoded.type_ids.tolist() == [0, 0, 0, 0, 1, 1, 0, 0, 0, 1, 0, 0, 0, 1, 1, 1]
     assert encoded.offsets.tolist() == [0, 6, 10, 16] and encoded.lengths.tolist() == [6, 4, 6]
-    assert len(encoded) == 3
-    assert [a.dtype for a in vars(encoded).values()] == [np.int32, np.uint8, np.int64]
-
-
-def test_no_texts(tokenizer):
-    """Catches a crash on an empty split, or arrays of other types than the documented ones."""
     none = data.encode(tokenizer, [])
-    assert len(none) == 0 and none.offsets.tolist() == [0] and none.lengths.tolist() == []
-    assert [a.dtype for a in vars(none).values()] == [np.int32, np.uint8, np.int64]
+    assert (len(encoded), len(none)) == (3, 0) and none.offsets.tolist() == [0]
+    for found in (encoded, none):
+        assert [a.dtype for a in vars(found).values()] == [np.int32, np.uint8, np.int64]
     assert data.bucketed_batches(none.lengths, 4, seed=0, epoch=0) == []
     assert list(data.sorted_batches(none.lengths)) == []
 
 
-def test_concatenate_is_encoding_both(tokenizer):
-    """Catches offsets of the second that are not moved, also where one of the two is empty."""
-    expected = vars(data.encode(tokenizer, PAIRS))
+@pytest.mark.parametrize("wrong", [None, 3, ("a", None), ["a", "b", "c"] * 9, b"a", "a\udcffb"])
+def test_what_is_no_text_is_located(tokenizer, wrong):
+    """Catches a traceback from inside the library, and an error that does not say where."""
+    with pytest.raises(ValueError, match="texts 3 on: the tokenizer fails"):
+        data.encode(tokenizer, ["the soup", "was", "hot", wrong], chunk=2)
+
+
+def test_concatenate_and_first(tokenizer):
+    """Catches offsets of the second that are not moved, and texts cut in the middle."""
+    whole = data.encode(tokenizer, PAIRS)
     for cut in (0, 5, len(PAIRS)):
         first, second = (data.encode(tokenizer, part) for part in (PAIRS[:cut], PAIRS[cut:]))
         for name, found in vars(data.concatenate(first, second)).items():
-            np.testing.assert_array_equal(found, expected[name])
+            np.testing.assert_array_equal(found, vars(whole)[name], strict=True)
+            np.testing.assert_array_equal(vars(whole.first(cut))[name], vars(first)[name])
 
 
-def test_collate_equals_a_plain_loop(tokenizer):
+def test_collate_equals_the_tokenizers_own_padding(tokenizer):
     """Catches rows mixed up, a mask that is off by one, or a neighbour's tokens as padding."""
-    encoded = data.encode(tokenizer, PAIRS)
-    rows = np.array([3, 0, 48, 8, 3])
-    batch = data.collate(encoded, rows)
-    longest = max(encoded.lengths[rows])
-    expected = defaultdict(list)
-    for text in (PAIRS[row] for row in rows):
-        one = tokenizer.encode(*text)
-        padding = [0] * (longest - len(one.ids))
-        expected["input_ids"].append(one.ids + padding)
-        expected["token_type_ids"].append(one.type_ids + padding)
-        expected["attention_mask"].append([1] * len(one.ids) + padding)
-    assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
-    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    encoded = data.encode(tokenizer, texts := PAIRS[::-1])  # a short one at the end
+    tokenizer.enable_padding(pad_id=0)
+    for rows in ([3, 0, 48, 8, 3], np.array([48, 1]), [0]):
+        batch, alone = data.collate(encoded, rows), tokenizer.encode_batch([texts[i] for i in rows])
+        assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+            "input_ids": [one.ids for one in alone],
+            "token_type_ids": [one.type_ids for one in alone],
+            "attention_mask": [one.attention_mask for one in alone],
+        }
+        assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+        for device in ("cpu", torch.device("meta")):
+            moved = data.collate(encoded, rows, device)["attention_mask"]
+            assert moved.device == torch.device(device)
 
 
 LENGTHS = np.random.default_rng(0).geometric(0.05, 3003) + 2
@@ -202,38 +207,47 @@ def test_training_batches():
 
 
 def test_training_order_depends_on_seed_and_epoch_alone():
-    """Catches a global generator, one order for all epochs, and seed + epoch as one number."""
-    orders = set()
-    for seed, epoch in [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2)]:
-        np.random.seed(seed + epoch)
-        batches = data.bucketed_batches(LENGTHS, 16, seed=seed, epoch=epoch)
-        again = data.bucketed_batches(LENGTHS, 16, seed=seed, epoch=epoch)
-        assert all(map(np.array_equal, batches, again))
-        orders.add(tuple(np.concatenate(batches)))
-    assert len(orders) == 5
+    """Catches a global generator, one order for all epochs, and any order but that of before."""
+    found = [
+        [rows.tolist() for rows in data.bucketed_batches(LENGTHS[:n], size, seed=seed, epoch=epoch)]
+        for n in (1, 70, 3003) for size in (1, 16, 33) for seed, epoch in ((0, 0), (0, 1), (1, 0))
+    ]  # fmt: skip
+    assert crc(found) == 2635191772 and len(set(map(str, found[-3:]))) == 3
 
 
 def test_evaluation_batches():
     """Catches rows lost or doubled, memory without a bound, batches smaller than they may be."""
     batches = list(data.sorted_batches(LENGTHS, max_tokens=100))
     assert sorted(np.concatenate(batches)) == list(range(3003))
-    assert LENGTHS.max() > 100 and any(LENGTHS[rows].max() > 100 for rows in batches)
-    for rows, after in zip(batches, [*batches[1:], None]):
+    assert (np.diff(LENGTHS[np.concatenate(batches)]) <= 0).all() and LENGTHS.max() > 100
+    for rows in batches:
         assert len(rows) * LENGTHS[rows].max() <= 100 or len(rows) == 1
-        assert after is None or (len(rows) + 1) * LENGTHS[after].min() > 100
+        assert (len(rows) + 1) * LENGTHS[rows].max() > 100 or rows is batches[-1]
 
-
-# --- transfer text -------------------------------------------------------------------------------
 
 OWN = "own{0} red fox ran over green hills today".split()
 OWN = [" ".join(OWN[: 4 + i % 5]).format(i) for i in range(200)]
 SECRET = "Foreign 7 says: the LAKE!"
 FOREIGN = [f"foreign {i} says the lake" for i in range(150)]  # 5 words, own has 4 to 8
 FOREIGN_PAIRS = [(f"foreign {i} says the lake", f"left {i} far behind it") for i in range(5, 155)]
+HELD_OUT = [SECRET, OWN[3].upper(), OWN[150] + " ."]
+SOME, MIXED = FOREIGN[140:] + OWN[:9], FOREIGN_PAIRS[:40] + FOREIGN[:40] + FOREIGN_PAIRS[:5]
 
 
-def plain(text):
-    return "".join(c for c in text.lower() if c.isalnum())
+@pytest.mark.parametrize("pairs, given, expected", [
+    (False, [], 2748012830), (False, SOME, 3723009433), (False, MIXED, 1012572662),
+    (True, [], 3851871136), (True, SOME, 3558275147), (True, MIXED, 3243457880),
+])  # fmt: skip
+def test_transfer_texts_are_drawn_as_before(pairs, given, expected):
+    """Catches another random draw: every result in the README rests on these texts."""
+    sources = ([], [[], FOREIGN], [FOREIGN[:30], FOREIGN_PAIRS],
+               [FOREIGN_PAIRS[:60], OWN[100:], FOREIGN])  # fmt: skip
+    numbers = ((300, 0), (61, 1), (1, 2), (0, 3))  # of texts, and seeds
+    found = []
+    for own, others, some in itertools.product((OWN, OWN[:7], OWN[3:5], []), sources, numbers):
+        own = list(zip(own, own[1:])) if pairs else own
+        found.append(data.transfer_texts(own, others, HELD_OUT, *some, given))
+    assert crc(found) == expected
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -242,16 +256,17 @@ def plain(text):
 def test_transfer_texts(pairs, others, seed):
     """Catches texts in the wrong form, too many or doubled, and dev or test text that gets in."""
     own = list(zip(OWN, OWN[1:])) if pairs else OWN
-    held_out = [SECRET, OWN[3].upper(), OWN[150] + " ."]
-    texts, left_out = data.transfer_texts(own, others, held_out, 300, seed)
+    texts, _ = data.transfer_texts(own, others, HELD_OUT, 300, seed)
     assert len(texts) == len(set(texts)) == 300
     assert all(isinstance(t, tuple) and len(t) == 2 if pairs else isinstance(t, str) for t in texts)
-    said = {plain(s) for text in texts for s in (text if pairs else [text])}
-    assert not said & {*map(plain, held_out)}
+    said, banned = (
+        {"".join(c for c in s.lower() if c.isalnum()) for s in data.sentences_of(some)}
+        for some in (texts, HELD_OUT)
+    )
+    assert not said & banned
     foreign = [t for t in texts if re.search("foreign|lake|left|behind", str(t))]
     assert 140 <= len(foreign) <= 150 if others else not foreign  # half, as far as they go
-    assert data.transfer_texts(own, others, held_out, 300, seed) == (texts, left_out)
-    assert data.transfer_texts(own, others, held_out, 300, seed + 1)[0] != texts
+    assert data.transfer_texts(own, others, HELD_OUT, 300, seed + 1)[0] != texts
 
 
 def test_transfer_texts_left_out_are_counted():
@@ -277,17 +292,9 @@ def test_transfer_texts_are_as_long_as_the_tasks_own():
     assert first["far"] == first["no"] == 0 and first["foreign"] == first["another"] == 50
 
 
-def test_transfer_texts_of_nothing():
-    """Catches a crash where there is no text at all, own or other."""
-    for others in ([], [[]], [FOREIGN]):
-        texts, left_out = data.transfer_texts([], others, [SECRET], 10, 0)
-        assert len(texts) <= 10 and left_out <= 1
-
-
-# --- the built-in task ---------------------------------------------------------------------------
-
 PRAISE = """good warm fresh clean gentle honest lovely bright clever quick brave tidy charming tasty
 pleasant calm""".split()
+DRAWN = {"train": 2972339519, "dev": 4208653282, "test": 1681547661}
 SPLITS = {split: data.toy_examples(split) for split in ("train", "dev", "test")}
 
 
@@ -305,10 +312,7 @@ def parse(text):
 
 
 def test_toy_task_follows_its_rule():
-    """Catches wrong labels, clauses that agree, leaks between splits, a draw that changes."""
-    assert {split: len(texts) for split, (texts, _) in SPLITS.items()} == {
-        "train": 4000, "dev": 1000, "test": 1000,
-    }  # fmt: skip
+    """Catches wrong labels, leaks between splits or into the words, a draw that changes."""
     assert len({text for texts, _ in SPLITS.values() for text in texts}) == 6000
     for split, (texts, labels) in SPLITS.items():
         clauses = [parse(text) for text in texts]
@@ -317,29 +321,13 @@ def test_toy_task_follows_its_rule():
         assert labels.tolist() == [verdict(main) for main, *_ in clauses]
         assert all(verdict(c[0]) != verdict(c[1]) for c in clauses if len(c) == 2)
         assert abs(labels.mean() - 0.5) < (0.02 if split == "train" else 1e-9)
-        again, same = data.toy_examples(split)
-        assert again == texts and (same == labels).all()
+        assert crc([texts, labels.tolist()]) == DRAWN[split]
+        bags = defaultdict(list)  # dev and test: mirrors have the same words and the other label
+        for text, label in zip(texts, labels.tolist()):
+            bags[tuple(sorted(text.split()))].append(label)
+        assert split == "train" or all(2 * sum(bag) == len(bag) for bag in bags.values())
     with pytest.raises(ValueError, match="toy has no split 'valid'"):
         data.toy_examples("valid")
-
-
-def test_toy_task_needs_more_than_a_bag_of_words():
-    """Catches a generator whose labels leak into word counts: mirrors have the same words."""
-    for split in ("dev", "test"):
-        bags = defaultdict(list)
-        for text, label in zip(*SPLITS[split]):
-            bags[tuple(sorted(text.split()))].append(label)
-        assert all(2 * sum(labels) == len(labels) for labels in bags.values())
-    counts = {0: Counter(), 1: Counter()}  # naive Bayes, add-one
-    for text, label in zip(*SPLITS["train"]):
-        counts[label].update(text.split())
-    score = lambda text: sum(  # noqa: E731
-        np.log(counts[1][w] + 1) - np.log(counts[0][w] + 1) for w in text.split()
-    )
-    right = [(score(text) > 0) == label for text, label in zip(*SPLITS["dev"])]
-    assert 0.4 <= np.mean(right) <= 0.6
-    singles = [p for p in zip(*SPLITS["train"]) if len(parse(p[0])) == 1]
-    assert np.mean([(score(text) > 0) == label for text, label in singles]) > 0.6  # it does learn
 
 
 def test_toy_vocabulary_has_every_word(tmp_path):
@@ -352,49 +340,21 @@ def test_toy_vocabulary_has_every_word(tmp_path):
         assert [e.tokens[1:-1] for e in tokenizer.encode_batch(texts)] == [t.split() for t in texts]
 
 
-# --- the script ----------------------------------------------------------------------------------
-
-
-def test_script(tmp_path):
-    """Catches wrong tokens, anything printed on import, a traceback for a missing folder."""
+def test_script(tmp_path, capsys):
+    """Catches wrong tokens, anything printed on import, a traceback for what is missing."""
     missing, script = tmp_path / "missing", data.__file__
     rows = "[CLS] 2 0, un 21 0, ##hot 22 0, [SEP] 3 0, ! 11 1, [SEP] 3 1"  # VOCAB's line numbers
-    shown = ["{:5}  {:>6}  segment {}".format(*row.split()) for row in rows.split(", ")]
+    shown = ["{:16}  {:>6}  segment {}".format(*row.split()) for row in rows.split(", ")]
+    refused = f"error: {missing}: neither tokenizer.json nor vocab.txt in it\n"
     runs = [
         ([checkpoint(tmp_path), "Unhot", "!"], (0, "\n".join(shown) + "\n", "")),
-        (
-            [missing, "hot"],
-            (2, "", f"error: {missing}: neither tokenizer.json nor vocab.txt in it\n"),
-        ),
+        ([missing, "hot"], (2, "", refused)),
     ]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     started = [subprocess.Popen([sys.executable, script, *args], **pipes) for args, _ in runs]
     for process, (_, expected) in zip(started, runs):
         out, err = process.communicate()
         assert (process.returncode, out, err) == expected
-
-
-@pytest.mark.parametrize("arguments", [[], ["a"], ["a", "b", "c", "d"], ["--hlp", "x"]])
-def test_script_wants_a_text_or_a_pair(arguments, capsys):
-    """Catches a number of arguments that goes through to the tokenizer."""
-    assert data.main(arguments) == 2
-    assert capsys.readouterr().err.startswith("usage: python data.py")
-    assert data.main(["--help"]) == 0 and "CHECKPOINT" in capsys.readouterr().out
-
-
-def test_script_where_nothing_is_left(tmp_path, capsys):
-    """Catches a traceback for an empty text of a tokenizer that adds no [CLS]."""
-    words = models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")
-    Tokenizer(words).save(str(tmp_path / "tokenizer.json"))
-    code, said = data.main([str(tmp_path), ""]), capsys.readouterr()
-    assert code == 0 and said.out == "", said
-
-
-def test_the_first_texts_alone():
-    """Catches texts cut in the middle."""
-    encoded = data.Encoded(
-        np.arange(9, dtype=np.int32), np.zeros(9, np.uint8), np.array([0, 2, 5, 9])
-    )
-    some = encoded.first(2)
-    assert len(some) == 2 and some.ids.tolist() == [0, 1, 2, 3, 4] and len(some.type_ids) == 5
-    assert some.lengths.tolist() == [2, 3]
+    for wrong in ([], ["a"], ["a", "b", "c", "d"], ["--hlp", "x"], ["--help"]):
+        assert data.main(wrong) == (0 if wrong == ["--help"] else 2)
+        assert capsys.readouterr().err.startswith("usage: python data.py CHECKPOINT")

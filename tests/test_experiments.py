@@ -95,6 +95,12 @@ def test_pkd_by_hand(encoded):
     assert terms["hard"].item() == pytest.approx(0.3 * known.item(), rel=1e-5)
 
 
+def cells_of(page, title):
+    """{row: its other cells} of the table under this title."""
+    lines = page.split(f"### {title}\n\n")[1].split("\n\n")[0].splitlines()
+    return {(c := line[2:-2].split(" | "))[0]: c[1:] for line in lines[2:]}
+
+
 def test_runs_are_written_at_once_and_not_repeated(files, tmp_path, monkeypatch, capsys):  # noqa: F811
     """Catches a student lost or trained twice, peers of other texts or updates, tables that lie."""
     monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results.jsonl")
@@ -152,11 +158,13 @@ def test_runs_are_written_at_once_and_not_repeated(files, tmp_path, monkeypatch,
     remade = experiments.results()[-1]
     assert remade["score"] == found[missing]["score"] and remade["task"] == found[missing]["task"]
     (tmp_path / "results.jsonl").write_text("".join(reversed(kept_lines)))
-    capsys.readouterr()
+    page = tmp_path / "RESULTS.md"
+    page.write_text(f"above\n\n{experiments.START}old{experiments.END}\n\nbelow\n")
     assert experiments.main(["tables"]) == 0
-    shown = capsys.readouterr().out
-    lines = shown.split("| % of teacher |")[1].split("\n\n")[0].splitlines()
-    cells = {(c := line[2:-2].split(" | "))[0]: c[1:] for line in lines[2:]}
+    shown = page.read_text()
+    assert shown.startswith(f"above\n\n{experiments.START}### Compared\n")
+    assert shown.endswith(f"\n\n{experiments.END}\n\nbelow\n") and "old" not in shown
+    cells = cells_of(shown, "% of the teacher's score")
     scores = {(r["row"], r["task"], r["seed"]): r["score"] for r in found}
 
     def kept(row, seed):
@@ -169,8 +177,12 @@ def test_runs_are_written_at_once_and_not_repeated(files, tmp_path, monkeypatch,
     for which in (0, 1):
         mean = sum(m[which] for m in means[0]) / 2
         assert cells["full"][2 + which].startswith(f"{mean:.2f} ± ")
-    lines = shown.split("| full's lead |")[1].split("\n\n")[0].splitlines()
-    leads = {(c := line[2:-2].split(" | "))[0]: c[1:] for line in lines[2:]}
+    beside = cells_of(shown, "Compared")
+    assert [*beside] == [experiments.COMPARED[r] for r in ("teacher", "full", "pkd", "tinybert")]
+    (one, _), (two, _) = means[0]
+    kept_mean = f"{(one + two) / 2:.1f} ± {abs(one - two) / 2**0.5:.1f}"
+    assert beside["MicroBERT, 3 layers"][3:] == [kept_mean, "2"]
+    leads = cells_of(shown, "Full's lead")
     gains = [full[0] - own[0] for full, own in zip(*means)]
     by_task = [scores["full", "STS-B", seed] - scores["pkd", "STS-B", seed] for seed in (0, 1)]
     for cell, (one, two) in ((-1, gains), (1, by_task)):
@@ -203,11 +215,18 @@ def test_a_curve_is_of_the_same_seeds():
     assert list(experiments.curves(found[:12])) == ["MicroBERT (n 3)"]
 
 
-def test_the_readme_has_the_tables(root, capsys):
-    """Catches a README older than its numbers."""
+def test_the_page_of_results_is_made_from_them(root, tmp_path, monkeypatch, capsys):
+    """Catches a page older than its numbers, and a README whose table is not that page's."""
+    page = (root / "tests/RESULTS.md").read_text(encoding="utf-8")
+    above, below = page.split(experiments.START)[0], page.split(experiments.END)[1]
+    monkeypatch.setattr(experiments, "HERE", tmp_path)
+    (tmp_path / "RESULTS.md").write_text(above + experiments.START + experiments.END + below)
     assert experiments.main(["tables"]) == 0
-    text = (root / "README.md").read_text(encoding="utf-8").splitlines()
-    assert [row for row in capsys.readouterr().out.splitlines() if row not in text] == []
+    assert (tmp_path / "RESULTS.md").read_text() == page and capsys.readouterr().out == ""
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    section = readme.split("\n## Results\n")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(rows) > 5 and set(rows) <= {*page.splitlines()}
 
 
 def test_what_is_checked_in_is_drawn_from_the_results(root, tmp_path, monkeypatch):

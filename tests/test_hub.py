@@ -1,9 +1,11 @@
+# ruff: noqa: F811 (fixtures)
 """Checkpoints by name, from a server of our own that answers as the Hub's endpoint does."""
 
 import collections
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -22,7 +24,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
-def hub(files):  # noqa: F811
+def hub(files):
     """The server; its `models` are folders by name, `asked` has (method, file, token) of each."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -40,19 +42,28 @@ def hub(files):  # noqa: F811
                 self.wfile.write(body)
 
         def do_GET(self):
-            name, _, rest = self.path.lstrip("/").partition("/resolve/")
+            path = self.path.partition("?")[0].removeprefix("/api/models").lstrip("/")
+            name, kind, rest = re.split("/(revision|tree|resolve)/", path)
+            revision, _, file = rest.partition("/")
             token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-            http.asked.append((self.command, rest.partition("/")[2], token))
-            http.revisions[rest.partition("/")[2]].add(rest.partition("/")[0])
-            if not rest or rest.partition("/")[0] not in ("main", COMMIT):
+            http.asked.append((self.command, file, token))
+            http.revisions[file].add(revision)
+            folder = http.models.get(name)
+            if revision not in ("main", COMMIT):
                 return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
-            if name == "acme/broken" and rest.endswith("tokenizer_config.json"):
+            if name == "acme/broken" and file == "vocab.txt":
                 return self.answer(500)
             if name == "acme/gated" and token != "secret":
                 return self.answer(403, {"X-Error-Code": "GatedRepo"})
-            if name not in http.models and name != "acme/gated":
+            if not folder:
                 return self.answer(401, {"X-Error-Code": "RepoNotFound"})
-            path = http.models[name.replace("gated", "tiny")] / rest.partition("/")[2]
+            if kind != "resolve":  # of the API: what the repository has
+                sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+                tree = [dict(type="file", path=n, size=b, oid=n) for n, b in sizes.items()]
+                about = dict(id=name, sha=COMMIT, siblings=[dict(rfilename=n) for n in sizes])
+                body = json.dumps(tree if kind == "tree" else about).encode()
+                return self.answer(200, {"Content-Type": "application/json"}, body)
+            path = folder / file
             if not path.is_file():
                 return self.answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
             body = path.read_bytes()
@@ -65,8 +76,7 @@ def hub(files):  # noqa: F811
     http.revisions = collections.defaultdict(set)
     http.asked, http.url = [], f"http://127.0.0.1:{http.server_port}"
     http.models = {f"acme/{name}": files / name for name in ("tiny", "old", "bare", "empty")}
-    http.models["acme/broken"] = files / "tiny"
-    http.models["tiny-bert"] = files / "tiny"
+    http.models |= dict.fromkeys(("acme/broken", "acme/gated", "tiny-bert"), files / "tiny")
     save_bert(Bert(shape(labels=("no", "yes"))), files / "tiny", files / "bert")
     save_bert(load_bert(files / "tiny"), files / "old", files / "bert")
     torch.save(
@@ -113,62 +123,53 @@ def ask(name):
     return ["predict", name, "a cat", "--device", "cpu", "--max-length", "32"]
 
 
-def test_a_checkpoint_by_name(root, hub, files, capsys):  # noqa: F811
+def test_a_checkpoint_by_name(root, hub, files, capsys):
     """Catches a name that is not looked up, needless downloads, and a failure without advice."""
     assert main(ask(str(files / "tiny"))) == 0
     expected = capsys.readouterr().out
-    names = ["acme/tiny", "acme/tiny", "tiny-bert", "acme/old", "acme/none", "acme/gated",
-             "acme/empty", "acme/bare", "files/none"]  # fmt: skip
+    found = ["acme/tiny", "acme/tiny", "tiny-bert", "acme/old"]
+    wrong = {"acme/none": "nor on the Hub: ", "acme/gated": "gated", "acme/empty": "nor on the Hub",
+             "acme/bare": "neither tokenizer.json", "files/none": "no such file"}  # fmt: skip
     (files / "files").mkdir()
-    answers = in_new_process(root, files, [ask(name) for name in names], HF_ENDPOINT=hub.url)
+    commands = [ask(name) for name in (*found, *wrong)]
+    answers = in_new_process(root, files, commands, HF_ENDPOINT=hub.url)
     assert {file for method, file, _ in hub.asked if method == "GET" and file} <= {
-        "config.json", "model.safetensors", "pytorch_model.bin", "vocab.txt",
-        "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"}  # fmt: skip
-    notes = {name: f"note: {name} is no folder here, asking {hub.url}" for name in names}
-    for (code, out, err), name in zip(answers[:4], names):
-        assert (code, out) == (0, expected) and set(err.splitlines()) <= {notes[name]}
-    assert [f for m, f, _ in hub.asked if (m, f) == ("GET", "model.safetensors")] == (
-        ["model.safetensors"] * 3  # of acme/tiny, tiny-bert and acme/bare once each
-    )
-    for (code, out, err), name, needle in zip(
-        answers[4:], names[4:],
-        ("none of that name", "gated: ask for access", "no config.json", "neither tokenizer.json",
-         "files/none/config.json: no such file"),
-    ):  # fmt: skip
-        (error,) = [line for line in err.splitlines() if line != notes[name]]
-        assert code == 2 and not out and error.startswith(f"error: {name}") and needle in error
-    assert hub.revisions["config.json"] == {"main"}  # and the others of the commit that it is of
-    assert hub.revisions["model.safetensors"] == hub.revisions["vocab.txt"] == {COMMIT}
+        "config.json", "model.safetensors", "pytorch_model.bin", "vocab.txt"}  # fmt: skip
+    assert answers[:4] == [[0, expected, ""]] * 4
+    got = [file for method, file, _ in hub.asked if method == "GET"]
+    assert got.count("model.safetensors") == 3  # of acme/tiny, tiny-bert and acme/bare once each
+    assert got.count("pytorch_model.bin") == 1  # of acme/old, which has no other
+    for (code, out, err), (name, needle) in zip(answers[4:], wrong.items()):
+        assert code == 2 and not out and err.count("\n") == 1, err
+        assert err.startswith("error: ") and needle in err.replace("Gated", "gated"), err
+        assert name in err or (name == "acme/bare" and "models--acme--bare" in err), err
+    assert hub.revisions["model.safetensors"] == {COMMIT}  # of the commit that the others are of
     asked = len(hub.asked)
     offline = in_new_process(
-        root, files, [ask("acme/tiny"), ask("acme/else")], HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1"
-    )
-    assert offline[0][0] == 0 and offline[0][1] == expected and len(hub.asked) == asked
-    assert offline[1][0] == 2 and "HF_HUB_OFFLINE is set" in offline[1][2]
+        root, files, [ask("acme/tiny"), ask("acme/old"), ask("acme/else")],
+        HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1",
+    )  # fmt: skip
+    assert offline[:2] == [[0, expected, ""]] * 2 and len(hub.asked) == asked
+    assert offline[2][0] == 2 and "HF_HUB_OFFLINE" in offline[2][2]
+    assert offline[2][2].startswith("error: acme/else: ") and offline[2][2].count("\n") == 1
 
 
 @slow
-def test_a_checkpoint_by_name_in_foul_weather(root, hub, files):  # noqa: F811
+def test_a_checkpoint_by_name_in_foul_weather(root, hub, files):
     """Catches a token that is not sent, a server that is gone, and a file that it fails to send
-    taken for one that the checkpoint does not have: without its switches a tokenizer is another.
+    taken for one that the checkpoint does not have.
     """
-    from urllib.parse import urlsplit
-
-    gated, broken = in_new_process(
-        root, files, [ask("acme/gated"), ask("acme/broken")], HF_ENDPOINT=hub.url, HF_TOKEN="secret"
-    )
+    commands = [ask("acme/gated"), ask("acme/broken")]
+    gated, broken = in_new_process(root, files, commands, HF_ENDPOINT=hub.url, HF_TOKEN="secret")
     assert gated[0] == 0 and "secret" in {token for _, _, token in hub.asked}
-    assert broken[0] == 2 and "acme/broken" in broken[2] and broken[2].count("\n") == 2
+    assert broken[0] == 2 and "acme/broken" in broken[2] and broken[2].count("\n") == 1
     command = ["--task", "RTE", "--bert", "acme/gated", "--data-dir", str(files), "--epochs", "1",
                "--teacher-epochs", "1", "--device", "cpu", "--force",
                "--max-length", "32"]  # fmt: skip
-    port = urlsplit(hub.url).port
     hub.shutdown()
     hub.server_close()
-    gone = f"http://127.0.0.1:{port}"
     started = time.monotonic()
-    (cached,) = in_new_process(root, files, [command], HF_ENDPOINT=gone)
+    cached, gone = in_new_process(root, files, [command, ask("acme/else")], HF_ENDPOINT=hub.url)
     assert cached[0] == 0 and (files / "out/student/vocab.txt").is_file(), cached[2]
     assert time.monotonic() - started < 60
-    (reached,) = in_new_process(root, files, [ask("acme/tiny")], HF_ENDPOINT=gone)
-    assert reached[0] == 2 and "cannot be reached" in reached[2] and reached[2].count("\n") == 2
+    assert gone[0] == 2 and gone[2].startswith("error: acme/else: ") and gone[2].count("\n") == 1

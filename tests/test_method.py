@@ -1,6 +1,7 @@
 """The method's parts: features, experts, alignment, discriminator, losses, objective, loop."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,31 +11,7 @@ from torch import nn
 
 import data
 import microbert
-from microbert import (
-    Bert,
-    BertConfig,
-    BertOutput,
-    Discriminator,
-    Distillation,
-    DistillConfig,
-    FeatureMapping,
-    SentenceExperts,
-    TeacherCache,
-    adversarial_loss,
-    alignment_loss,
-    class_offset,
-    discriminator_loss,
-    fit_experts,
-    hard_loss,
-    importance_loss,
-    model_outputs,
-    prune,
-    schedule,
-    sentence_features,
-    soft_loss,
-    teacher_pass,
-    train,
-)
+from microbert import Bert, BertConfig, Distillation, DistillConfig, SentenceExperts, TeacherCache
 
 TINY = BertConfig(
     vocab_size=40, hidden_size=16, num_hidden_layers=4, num_attention_heads=2,
@@ -42,25 +19,26 @@ TINY = BertConfig(
 )  # fmt: skip
 
 
-class Quiet:
-    """A log that keeps the steps it is given."""
+class Quiet(microbert.Log):
+    """A log that prints nothing and keeps every step it is given."""
 
     def __init__(self):
+        super().__init__(None, every=1)
         self.steps = []
 
-    def due(self):
-        return False
+    def write(self, **event):
+        self.steps.append(event)
 
-    def step(self, step, steps, terms, lr, size, started, kept):
-        self.steps.append((step, {name: term.item() for name, term in terms.items()}, lr))
+    def show(self, *_):
+        pass
 
 
-def texts(count=37, seed=0):
-    """Random token ids of uneven lengths, as data.encode would give them."""
+def texts(count=37, seed=0, words=40):
+    """Random token ids below `words`, of uneven lengths, as data.encode would give them."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(3, 12, count)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    ids = rng.integers(1, 40, offsets[-1]).astype(np.int32)
+    ids = rng.integers(1, words, offsets[-1]).astype(np.int32)
     return data.Encoded(ids, np.zeros(len(ids), np.uint8), offsets)
 
 
@@ -70,9 +48,6 @@ def random_features(batch=8, matched=2, hidden=16, seed=0):
     return F.layer_norm(torch.randn(batch, matched, 3, hidden, generator=generator), (hidden,))
 
 
-# --- features ------------------------------------------------------------------------------------
-
-
 def test_features_by_hand():
     """Catches swapped views and a missing standardisation.
 
@@ -80,12 +55,11 @@ def test_features_by_hand():
     mean (2, 3). Two numbers standardised over H = 2 are -1 and 1 in their order.
     """
     hidden = torch.tensor([[[1.0, 5.0], [3.0, 1.0], [2.0, 9.0]]])
-    features = sentence_features([hidden], torch.tensor([[1, 1, 0]]))
+    features = microbert.sentence_features([hidden], torch.tensor([[1, 1, 0]]))
     assert features.shape == (1, 1, 3, 2)
-    expected = torch.tensor([[-1.0, 1.0], [-1.0, 1.0], [-1.0, 1.0]])
-    torch.testing.assert_close(features[0, 0], expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(features[0, 0], torch.tensor([[-1.0, 1]] * 3), atol=1e-4, rtol=0)
     wide = torch.tensor([[[0.0, 2.0, 4.0], [6.0, 0.0, 0.0]]])  # cls, max (6, 2, 4), mean (3, 1, 2)
-    views = sentence_features([wide], torch.ones(1, 2))[0, 0]
+    views = microbert.sentence_features([wide], torch.ones(1, 2))[0, 0]
     for view, raw in zip(views, ([0.0, 2, 4], [6.0, 2, 4], [3.0, 1, 2])):
         raw = torch.tensor(raw)
         standard = (raw - raw.mean()) / raw.var(correction=0).sqrt()
@@ -97,66 +71,48 @@ def test_padding_never_enters_the_features(filler):
     """Catches max or mean over padding, whatever stands there."""
     torch.manual_seed(0)
     hidden, mask = torch.randn(2, 5, 8), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    alone = sentence_features([hidden[:1, :3]], torch.ones(1, 3, dtype=torch.long))
+    alone = microbert.sentence_features([hidden[:1, :3]], torch.ones(1, 3, dtype=torch.long))
     hidden[0, 3:] = filler
-    torch.testing.assert_close(sentence_features([hidden], mask)[:1], alone)
+    torch.testing.assert_close(microbert.sentence_features([hidden], mask)[:1], alone)
 
 
-def test_feature_mapping():
-    """Catches a map where widths are equal, one shared by the layers, or none where they differ."""
-    features = random_features(hidden=16)
-    assert torch.equal(FeatureMapping(2, 16, 16)(features), features)
-    mapped = FeatureMapping(2, 16, 24)
-    assert mapped(features).shape == (8, 2, 3, 24)
-    torch.testing.assert_close(mapped(features)[:, 1], mapped.maps[1](features[:, 1]))
-
-
-# --- experts -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("routing", ["task", "sentence"])
-def test_gate_is_a_distribution(routing):
-    """Catches an unnormalised gate, and task routing that looks at the sentence."""
-    experts = SentenceExperts(2, 16, 4, 2, routing)
-    for parameter in (experts.gate_bias, experts.router):
-        if parameter is not None:
-            nn.init.normal_(parameter)
-    gate = experts.gate(random_features())
-    assert gate.shape == (8, 2, 3) and (gate > 0).all()
-    torch.testing.assert_close(gate.sum(-1), torch.ones(8, 2))
-    assert torch.equal(gate[0], gate[1]) == (routing == "task")
-
-
-def test_experts_by_hand():
-    """Catches experts that share weights, a gate left out, or layers mixed up.
-
-    One layer, H = 2, P = 1: f = (1, 2), (3, 4), (5, 6); experts (1, 0), (0, 1), (1, 1);
-    views 1, 4, 11; gate .5 .25 .25 -> .5 + 1 + 2.75 = 4.25.
-    """
+def experts_by_hand():
+    """One layer, H = 2, P = 1: experts (1, 0), (0, 1), (1, 1), gate .5 .25 .25."""
     experts = SentenceExperts(1, 2, 1, 2)
     with torch.no_grad():
         experts.experts.copy_(torch.tensor([[[[1.0], [0]], [[0], [1]], [[1], [1]]]]))
-    features = torch.tensor([[[[1.0, 2], [3, 4], [5, 6]]]])
-    fused = experts(features, torch.tensor([[[0.5, 0.25, 0.25]]]))
-    assert fused.item() == pytest.approx(4.25)
+        experts.gate_bias.copy_(torch.tensor([[0.5, 0.25, 0.25]]).log())
+    return experts
 
 
-def test_unknown_routing_is_refused():
-    """Catches a misspelt routing that falls back in silence."""
-    with pytest.raises(ValueError, match="routing 'token'"):
-        SentenceExperts(2, 16, 4, 2, "token")
+def test_experts_by_hand():
+    """Catches experts that share weights, a gate left out or not normalised, layers mixed up.
+
+    f = (1, 2), (3, 4), (5, 6): views 1, 4, 11; gate .5 .25 .25 -> .5 + 1 + 2.75 = 4.25.
+    """
+    experts, features = experts_by_hand(), torch.tensor([[[[1.0, 2], [3, 4], [5, 6]]]])
+    torch.testing.assert_close(experts.gate(), torch.tensor([[0.5, 0.25, 0.25]]))
+    assert experts(features).item() == pytest.approx(4.25)
+    two, features = SentenceExperts(2, 16, 4, 2), random_features()
+    nn.init.normal_(two.gate_bias)
+    torch.testing.assert_close(two.gate().sum(-1), torch.ones(2))
+    each = [sum(two.gate()[k, e] * features[:, k, e] @ two.experts[k, e] for e in range(3))
+            for k in range(2)]  # fmt: skip
+    torch.testing.assert_close(two(features), torch.stack(each, 1))
 
 
 def test_importance_by_hand():
-    """Catches a wrong CV^2: mean gate (.5, .3, .2), mean 1/3, variance .14/9, CV^2 .14."""
-    gate = torch.tensor([[[0.4, 0.4, 0.2]], [[0.6, 0.2, 0.2]]])
-    assert importance_loss(gate).item() == pytest.approx(0.14)
-    assert importance_loss(torch.full((4, 2, 3), 1 / 3)).item() == pytest.approx(0, abs=1e-9)
+    """Catches a wrong CV^2: weights (.5, .3, .2), mean 1/3, variance .14/9, CV^2 .14."""
+    gate = torch.tensor([[0.5, 0.3, 0.2], [1 / 3, 1 / 3, 1 / 3]])
+    assert microbert.importance_loss(gate[:1]).item() == pytest.approx(0.14)
+    assert microbert.importance_loss(gate[1:]).item() == pytest.approx(0, abs=1e-9)
+    assert microbert.importance_loss(gate).item() == pytest.approx(0.07)
 
 
 @pytest.mark.parametrize("regression", [False, True])
 def test_experts_find_the_view_that_knows(regression):
     """Catches a gate that is not trained or not frozen: only the mean tells the label here."""
+    torch.manual_seed(0)
     features = random_features(600, 2, 16).half()
     signal = features[:, :, 2, 0].float().mean(1) * 2
     logits = signal[:, None] if regression else torch.stack([-signal, signal], 1) * 4
@@ -164,86 +120,62 @@ def test_experts_find_the_view_that_knows(regression):
     labels[::2] = torch.nan
     features[:, 1] = features[:, 0]
     experts = SentenceExperts(2, 16, 8, logits.shape[1])
-    fit_experts(experts, features, logits, labels, balance_weight=0.0)
-    gate = experts.gate(features[:1].float())[0]
+    gate = microbert.fit_experts(experts, features, logits, labels).gate()
     assert (gate.argmax(-1) == 2).all() and (gate[:, 2] > 0.5).all()
     assert not experts.training and not any(p.requires_grad for p in experts.parameters())
-
-
-# --- feature alignment ---------------------------------------------------------------------------
 
 
 def test_alignment_by_hand():
     """Catches a gate left out, a sum for a mean, a missing term.
 
     Without experts: squares 1, 0, 4 in every entry of the three views, mean 5/3. With the gate of
-    test_experts_by_hand: .5 * 1 + .25 * 0 + .25 * 4 = 1.5; z of one number each, 4.25 - (.5 + 0 +
+    experts_by_hand: .5 * 1 + .25 * 0 + .25 * 4 = 1.5; z of one number each, 4.25 - (.5 + 0 +
     1) and 4.25 have the same sign, so the cosine is 1 and the second term 0; turned round it is 2.
     """
     teacher = torch.tensor([[[[1.0, 2], [3, 4], [5, 6]]]])
     student = teacher - torch.tensor([1.0, 0, 2])[:, None]
-    assert alignment_loss(student, teacher).item() == pytest.approx(5 / 3)
-    experts = SentenceExperts(1, 2, 1, 2)
-    with torch.no_grad():
-        experts.experts.copy_(torch.tensor([[[[1.0], [0]], [[0], [1]], [[1], [1]]]]))
-        experts.gate_bias.copy_(torch.tensor([[0.5, 0.25, 0.25]]).log())
-    assert alignment_loss(student, teacher, experts).item() == pytest.approx(1.5)
-    turned = alignment_loss(-teacher, teacher, experts).item()  # squares 4 f^2: 10, 50, 122
-    assert turned == pytest.approx(0.5 * 10 + 0.25 * 50 + 0.25 * 122 + 2)
+    assert microbert.alignment_loss(student, teacher).item() == pytest.approx(5 / 3)
+    experts = experts_by_hand()
+    assert microbert.alignment_loss(student, teacher, experts).item() == pytest.approx(1.5)
+    turned = microbert.alignment_loss(-teacher, teacher, experts)  # squares 4 f^2: 10, 50, 122
+    assert turned.item() == pytest.approx(0.5 * 10 + 0.25 * 50 + 0.25 * 122 + 2)
 
 
 @pytest.mark.parametrize("moe", [False, True])
 def test_alignment_moves_the_student_alone(moe):
-    """Catches a detached student, and a gradient into teacher, gate or experts."""
-    experts = fit_experts(
-        SentenceExperts(2, 16, 4, 2, "sentence"), random_features(), torch.randn(8, 2),
-        torch.zeros(8), steps=2,
-    )  # fmt: skip
+    """Catches a detached student or half a gradient, and one into teacher, gate or experts."""
+    experts = SentenceExperts(2, 16, 4, 2)
+    nn.init.normal_(experts.gate_bias)
+    experts.requires_grad_(False)
     student, teacher = random_features(seed=1).requires_grad_(), random_features().requires_grad_()
-    alignment_loss(student, teacher, experts if moe else None).backward()
+    found = microbert.alignment_loss(student, teacher, experts if moe else None)
+    found.backward()
     assert (student.grad.abs().sum((0, 3)) > 0).all()  # every layer and every view
     assert teacher.grad is None
     assert all(p.grad is None for p in experts.parameters())
-
-
-def test_gate_of_the_alignment_comes_from_the_teacher():
-    """Catches a gate computed from the student, which could then look away, or half a gradient."""
-    experts = SentenceExperts(2, 16, 4, 2, "sentence").requires_grad_(False)
-    nn.init.normal_(experts.router)
-    teacher, student = random_features(), random_features(seed=1).requires_grad_()
-    gate = experts.gate(teacher)
-    distance = ((student - teacher).square().mean(-1) * gate).sum(-1)
-    cosine = F.cosine_similarity(experts(student, gate), experts(teacher, gate), dim=-1)
-    expected = (distance + 1 - cosine).mean()
-    found = alignment_loss(student, teacher, experts)
+    distance = (student - teacher).square().mean(-1)
+    cosine = F.cosine_similarity(experts(student), experts(teacher), dim=-1)
+    whole = (experts.gate() * distance).sum(-1) + 1 - cosine
+    expected = whole.mean() if moe else distance.mean()
     torch.testing.assert_close(found, expected)
-    gradients = torch.autograd.grad(found, student), torch.autograd.grad(expected, student)
-    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(student.grad, torch.autograd.grad(expected, student)[0])
 
 
-# --- discriminator -------------------------------------------------------------------------------
-
-
-def test_discriminator_step_does_not_move_the_student():
-    """Catches a missing detach, of either side."""
-    discriminator = Discriminator(6)
-    teacher = torch.randn(4, 6, requires_grad=True)
-    student = torch.randn(4, 6, requires_grad=True)
-    discriminator_loss(discriminator, teacher, student).backward()
+def test_each_side_moves_itself_alone():
+    """Catches a missing detach of teacher or student in the discriminator's step, and gradients
+    or spectral norm's power iteration reaching it in the student's.
+    """
+    discriminator = microbert.Discriminator(6)
+    before = {name: tensor.clone() for name, tensor in discriminator.state_dict().items()}
+    teacher, student = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6, requires_grad=True)
+    microbert.adversarial_loss(discriminator, student).backward()
+    assert (student.grad != 0).any()
+    assert all(torch.equal(before[name], t) for name, t in discriminator.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in discriminator.parameters())
+    student.grad = None
+    microbert.discriminator_loss(discriminator, teacher, student).backward()
     assert student.grad is None and teacher.grad is None
     assert all(p.grad is not None for p in discriminator.parameters())
-
-
-def test_student_step_does_not_move_the_discriminator():
-    """Catches gradients, or spectral norm's power iteration, reaching it in the student's step."""
-    discriminator = Discriminator(6)
-    before = {name: tensor.clone() for name, tensor in discriminator.state_dict().items()}
-    student = torch.randn(4, 6, requires_grad=True)
-    adversarial_loss(discriminator, student).backward()
-    assert (student.grad != 0).any()
-    assert all(p.grad is None for p in discriminator.parameters())
-    assert all(torch.equal(before[name], t) for name, t in discriminator.state_dict().items())
-    assert all(p.requires_grad for p in discriminator.parameters())
 
 
 def test_adversarial_losses_by_hand():
@@ -255,19 +187,19 @@ def test_adversarial_losses_by_hand():
     identity = nn.Flatten(0)
     real, fake = torch.tensor([[2.0]]), torch.tensor([[-1.0]])
     expected = math.log(1 + math.exp(2)) - 1.8 + math.log(1 + math.exp(-1))
-    assert discriminator_loss(identity, real, fake).item() == pytest.approx(expected)
-    assert adversarial_loss(identity, fake).item() == pytest.approx(math.log(1 + math.e))
+    assert microbert.discriminator_loss(identity, real, fake).item() == pytest.approx(expected)
+    assert microbert.adversarial_loss(identity, fake).item() == pytest.approx(math.log(1 + math.e))
 
 
 def test_discriminator_learns_and_is_bounded():
     """Catches a discriminator that cannot tell, and one steep enough to drown the other terms."""
     torch.manual_seed(0)
-    discriminator = Discriminator(6)
+    discriminator = microbert.Discriminator(6)
     optimizer = torch.optim.Adam(discriminator.parameters(), lr=1e-2)
     for _ in range(200):
         real, fake = torch.randn(32, 6) + 1, torch.randn(32, 6) - 1
         optimizer.zero_grad()
-        discriminator_loss(discriminator, real, fake).backward()
+        microbert.discriminator_loss(discriminator, real, fake).backward()
         optimizer.step()
     assert (discriminator(real) > discriminator(fake).mean()).float().mean() > 0.9
     steep = torch.randn(64, 6, requires_grad=True)
@@ -278,41 +210,30 @@ def test_discriminator_learns_and_is_bounded():
 def test_outputs_of_a_model():
     """Catches unsoftened answers and a softmax over a single score."""
     fused, logits = torch.randn(4, 8), torch.tensor([[2.0, 0.0]]).expand(4, 2)
-    seen = model_outputs(fused, logits, 2.0)
+    seen = microbert.model_outputs(fused, logits, 2.0)
     torch.testing.assert_close(seen[:, 8:], (logits / 2).softmax(-1))
     torch.testing.assert_close(seen[:, :8], F.layer_norm(fused, (8,)))
-    assert torch.equal(model_outputs(fused, logits[:, :1], 2.0)[:, 8:], logits[:, :1])
-
-
-# --- losses on predictions -----------------------------------------------------------------------
+    assert torch.equal(microbert.model_outputs(fused, logits[:, :1], 2.0)[:, 8:], logits[:, :1])
 
 
 def test_soft_loss_by_hand():
-    """Catches a missing T^2, swapped arguments and a mean over classes.
+    """Catches a missing T^2, swapped arguments, a mean over classes, and KL over one logit; a lost
+    T^2: at high T the gradient tends to (s - t) / C [3, section 2.1].
 
     T = 2, teacher (2 ln 3, 0) -> (.75, .25), student (0, 0) -> (.5, .5):
-    KL = .75 ln 1.5 + .25 ln .5 = .130812, times 4 = .523248.
+    KL = .75 ln 1.5 + .25 ln .5 = .130812, times 4 = .523248. Scores: ((3 - 1)^2 + 0) / 2.
     """
     teacher, student = torch.tensor([[2 * math.log(3), 0.0]]), torch.zeros(1, 2)
     expected = 4 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5))
-    assert soft_loss(student, teacher, 2.0).item() == pytest.approx(expected)
-    doubled = soft_loss(student.expand(6, 2), teacher.expand(6, 2), 2.0)
+    assert microbert.soft_loss(student, teacher, 2.0).item() == pytest.approx(expected)
+    doubled = microbert.soft_loss(student.expand(6, 2), teacher.expand(6, 2), 2.0)
     assert doubled.item() == pytest.approx(expected)
-
-
-def test_gradient_of_the_soft_loss_keeps_its_size():
-    """Catches a lost T^2: at high T the gradient tends to (s - t) / C [3, section 2.1]."""
-    teacher = torch.tensor([[1.0, -1.0]])
     for temperature in (20.0, 200.0):
-        student = torch.zeros(1, 2, requires_grad=True)
-        soft_loss(student, teacher, temperature).backward()
+        teacher, student = torch.tensor([[1.0, -1.0]]), torch.zeros(1, 2, requires_grad=True)
+        microbert.soft_loss(student, teacher, temperature).backward()
         torch.testing.assert_close(student.grad, -teacher / 2, atol=1e-2, rtol=0)
-
-
-def test_scores_are_distilled_by_squared_error():
-    """Catches KL over one logit, which is 0 for any student."""
     student, teacher = torch.tensor([[1.0], [4.0]]), torch.tensor([[3.0], [4.0]])
-    assert soft_loss(student, teacher, 2.0).item() == pytest.approx(2.0)
+    assert microbert.soft_loss(student, teacher, 2.0).item() == pytest.approx(2.0)
 
 
 def test_hard_loss_by_hand():
@@ -322,107 +243,159 @@ def test_hard_loss_by_hand():
     """
     labels = torch.tensor([1.0, torch.nan])
     logits = torch.zeros(2, 2, requires_grad=True)
-    loss = hard_loss(logits, labels)
+    loss = microbert.hard_loss(logits, labels)
     loss.backward()
     assert loss.item() == pytest.approx(math.log(2) / 2)
     assert logits.grad[0].abs().sum() > 0 and logits.grad[1].abs().sum() == 0
-    assert hard_loss(torch.tensor([[3.0], [7.0]]), labels).item() == pytest.approx(2.0)
+    assert microbert.hard_loss(torch.tensor([[3.0], [7.0]]), labels).item() == pytest.approx(2.0)
 
 
 def test_logit_adjustment_by_hand():
     """Catches counts of unlabelled texts, a missing class that makes the loss infinite, tau."""
     labels = torch.tensor([1.0, 1.0, torch.nan, 0.0, 1.0])
-    offset = class_offset(labels, 2, 1.0)
+    offset = microbert.class_offset(labels, 2, 1.0)
     torch.testing.assert_close(offset, torch.tensor([0.25, 0.75]).log())
-    torch.testing.assert_close(class_offset(labels, 2, 0.5), offset / 2)
-    for none in (class_offset(labels, 2, 0.0), class_offset(labels, 1, 1.0)):
+    torch.testing.assert_close(microbert.class_offset(labels, 2, 0.5), offset / 2)
+    for none in (microbert.class_offset(labels, 2, 0.0), microbert.class_offset(labels, 1, 1.0)):
         assert not none.any()
-    assert class_offset(labels, 3, 1.0).isfinite().all()
-    loss = hard_loss(torch.zeros(1, 2), torch.tensor([0.0]), offset)
+    assert microbert.class_offset(labels, 3, 1.0).isfinite().all()
+    loss = microbert.hard_loss(torch.zeros(1, 2), torch.tensor([0.0]), offset)
     assert loss.item() == pytest.approx(-math.log(0.25))  # the class of every fourth text
 
 
-def test_logit_adjustment_leaves_the_frequency_out():
-    """Catches an offset that is added to the answers, subtracted, or not used by the objective.
+@pytest.mark.parametrize("distils", [True, False])
+@pytest.mark.parametrize("tau, gap", [(1.0, 0.0), (0.0, math.log(3))])
+def test_logit_adjustment_leaves_the_frequency_out(distils, tau, gap):
+    """Catches an offset that is added to the answers, subtracted, or not used by an objective.
 
     A model that sees nothing but frequencies ends undecided, without the adjustment at log 3.
     """
     labels = torch.tensor([1.0, 1.0, 1.0, 0.0])
     cache = TeacherCache(torch.zeros(4, 2, 3, 16), torch.zeros(4, 2), labels)
-    for tau, gap in ((1.0, 0.0), (0.0, math.log(3))):
-        config = DistillConfig(soft=False, fal=False, gan=False, logit_adjustment=tau, device="cpu")
-        objective, bias = Distillation(cache, None, config), torch.zeros(2, requires_grad=True)
-        optimizer = torch.optim.SGD([bias], lr=1.0)
-        for _ in range(200):
-            output = BertOutput(bias.expand(4, 2), ())
-            objective(output, torch.ones(4, 1), torch.arange(4), 0.5)["hard"].backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        assert (bias[1] - bias[0]).item() == pytest.approx(gap, abs=1e-3)
-
-
-# --- the teacher's pass --------------------------------------------------------------------------
+    config = DistillConfig(soft=False, fal=False, gan=False, logit_adjustment=tau, device="cpu")
+    objective = microbert.of_labels(labels, 2, config)
+    objective = Distillation(cache, None, config) if distils else objective
+    bias = torch.zeros(2, requires_grad=True)
+    optimizer = torch.optim.SGD([bias], lr=1.0)
+    for _ in range(200):
+        output = microbert.BertOutput(bias.expand(4, 2), ())
+        objective(output, torch.ones(4, 1), torch.arange(4), 0.5)["hard"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (bias[1] - bias[0]).item() == pytest.approx(gap, abs=1e-3)
 
 
 def test_teacher_is_run_in_eval_mode(tmp_path):
     """Catches a teacher with dropout on, as peers have it, and batches put back in wrong order."""
     torch.manual_seed(0)
-    teacher, encoded = Bert(TINY).train(), texts()
+    teacher, encoded, path = Bert(TINY).train(), texts(), tmp_path / "cache"
     config = DistillConfig(device="cpu")
-    cache = teacher_pass(teacher, encoded, torch.zeros(37), (2, 4), config, tmp_path / "cache")
+    cache = microbert.teacher_pass(teacher, encoded, torch.zeros(37), (2, 4), config, path)
     assert not teacher.training and cache.features.dtype == torch.float16
-    assert (tmp_path / "cache").stat().st_size == 37 * 2 * 3 * 16 * 2
+    assert path.stat().st_size == 37 * 2 * 3 * 16 * 2
     for row in (0, 5, 36):
         batch = data.collate(encoded, np.array([row]))
         output = teacher.eval()(**batch)
         torch.testing.assert_close(cache.logits[row], output.logits[0], atol=1e-5, rtol=1e-5)
         matched = [output.hidden_states[2], output.hidden_states[4]]
-        features = sentence_features(matched, batch["attention_mask"])[0]
+        features = microbert.sentence_features(matched, batch["attention_mask"])[0]
         torch.testing.assert_close(cache.features[row].float(), features, atol=2e-3, rtol=2e-3)
     assert not cache.logits.requires_grad and not cache.features.requires_grad
 
 
-# --- the student's objective and the loop --------------------------------------------------------
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-2])
 
 
-def objective_of(tmp_path, **options):
+CACHES = {  # what is other the second time, and how it is made so: (teacher, encoded, path)
+    "nothing": lambda teacher, encoded, path: None,
+    "a layer that is not kept": lambda teacher, *_: teacher.layers[0].key.weight[3, 5].add_(1e-3),
+    "the last layer's end": lambda teacher, *_: teacher.layers[3].output_norm.bias[15].add_(1e-3),
+    "the classifier": lambda teacher, *_: teacher.classifier.bias[1].add_(1e-3),
+    "the words": lambda teacher, *_: teacher.word_embeddings.weight[39, 0].add_(1e-3),
+    "a token": lambda _, encoded, __: np.add.at(encoded.ids, 7, -1),
+    "a segment": lambda _, encoded, __: np.add.at(encoded.type_ids, -1, 1),
+    "where a text ends": lambda _, encoded, __: np.add.at(encoded.offsets, 3, 1),
+    "the numbers, cut": lambda _, __, path: cut(path),
+    "the numbers, gone": lambda _, __, path: path.unlink(),
+    "the logits, cut": lambda _, __, path: cut(path.with_name("cache.f16.logits")),
+    "the logits, gone": lambda _, __, path: path.with_name("cache.f16.logits").unlink(),
+    "the layers": lambda *_: None,
+}
+
+
+@pytest.mark.parametrize("other", CACHES)
+def test_the_pass_is_used_again_for_the_same_alone(tmp_path, other):
+    """Catches a teacher run again for nothing, and what another teacher said of other texts."""
+    torch.manual_seed(0)
+    teacher, encoded, path, config = (
+        Bert(TINY),
+        texts(),
+        tmp_path / "cache.f16",
+        DistillConfig(device="cpu"),
+    )
+    forwards, labels, caches = [], torch.zeros(37), []
+    teacher.register_forward_hook(lambda *_: forwards.append(1))
+    caches.append(microbert.teacher_pass(teacher, encoded, labels, (2, 4), config, path))
+    first, kept = len(forwards), caches[0].features.clone()
+    assert first > 0
+    with torch.no_grad():
+        CACHES[other](teacher, encoded, path)
+    layers = (1, 4) if other == "the layers" else (2, 4)
+    caches.append(microbert.teacher_pass(teacher, encoded, labels + 1, layers, config, path))
+    assert (len(forwards) == first) == (other == "nothing")
+    assert torch.equal(caches[1].labels, labels + 1)  # the caller's, whatever was stored
+    fresh = microbert.teacher_pass(teacher, encoded, labels, layers, config, tmp_path / "fresh")
+    assert torch.equal(caches[1].features, fresh.features)
+    assert torch.equal(caches[1].logits, fresh.logits)
+    if "cut" not in other:
+        assert torch.equal(caches[0].features, kept)  # the file before stays mapped
+
+
+def objective_of(folder, **options):
     """A teacher's cache of random texts, the objective over it and the student."""
     torch.manual_seed(0)
     teacher, encoded = Bert(TINY), texts()
-    config = DistillConfig(device="cpu", batch_size=9, lr=1e-3, **options)  # 37 = 4 * 9 + 1
+    fixed = {"device": "cpu", "precision": "fp32", "batch_size": 9, "lr": 1e-3}  # 37 = 4 * 9 + 1
+    config = microbert.settle(DistillConfig(expert_size=8, **fixed, **options))
     labels = torch.arange(37).remainder(2).float()
     labels[20:] = torch.nan
-    cache = teacher_pass(teacher, encoded, labels, (2, 4), config, tmp_path / "cache")
-    experts = fit_experts(SentenceExperts(2, 16, 8, 2), *cache, steps=5) if config.moe else None
-    return teacher, prune(teacher, (2, 4)), encoded, Distillation(cache, experts, config), config
+    cache = microbert.teacher_pass(teacher, encoded, labels, (2, 4), config, folder / "cache")
+    experts = SentenceExperts(2, 16, 8, 2) if config.moe else None
+    objective = Distillation(
+        cache, experts and microbert.fit_experts(experts, *cache, steps=5), config
+    )
+    return teacher, microbert.prune(teacher, (2, 4)), encoded, objective, config
 
 
 def test_terms_are_weighted_and_switched(tmp_path):
-    """Catches a weight applied twice or never, and a switch that does nothing."""
+    """Catches a weight applied twice or never, a switch that does nothing, and a term computed
+    from detached student outputs.
+    """
     _, student, encoded, objective, _ = objective_of(tmp_path)
-    rows = np.arange(8)
-    batch = data.collate(encoded, rows)
-    output, rows = student.eval()(**batch), torch.from_numpy(rows)
+    batch, rows = data.collate(encoded, np.arange(8)), torch.arange(8)
+    output = student.eval()(**batch)
     terms = objective(output, batch["attention_mask"], rows, 0.9)
     cache, experts = objective.cache, objective.experts
-    features = sentence_features(output.hidden_states[1:], batch["attention_mask"])
+    features = microbert.sentence_features(output.hidden_states[1:], batch["attention_mask"])
     expected = {
-        "hard": 0.3 * hard_loss(output.logits, cache.labels[rows]),
-        "soft": 0.7 * soft_loss(output.logits, cache.logits[rows], 2.0),
-        "align": 3 * alignment_loss(features, cache.features[rows].float(), experts),
+        "hard": 0.3 * microbert.hard_loss(output.logits, cache.labels[rows]),
+        "soft": 0.7 * microbert.soft_loss(output.logits, cache.logits[rows], 2.0),
+        "align": 3 * microbert.alignment_loss(features, cache.features[rows].float(), experts),
     }
     for name, value in expected.items():
         torch.testing.assert_close(terms[name], value)
     assert set(terms) == {*expected, "adv"} and terms["adv"].item() > 0
+    for name, term in terms.items():
+        student.zero_grad()
+        term.backward(retain_graph=True)
+        assert student.layers[0].query.weight.grad.abs().sum() > 0, name
     for switch, name in (("soft", "soft"), ("fal", "align"), ("gan", "adv")):
-        (tmp_path / switch).mkdir()
-        _, _, _, less, _ = objective_of(tmp_path / switch, **{switch: False})
+        less = objective_of(tmp_path, **{switch: False})[3]
         found = less(output, batch["attention_mask"], rows, 0.9)
         assert set(terms) - set(found) == {name}
-    torch.testing.assert_close(  # without soft targets the labels get all the weight
-        objective_of(tmp_path, soft=False)[3](output, batch["attention_mask"], rows, 0.0)["hard"],
-        expected["hard"] / 0.3,
-    )
+        share = 0.3 if switch == "soft" else 1  # without it the labels get all the weight
+        torch.testing.assert_close(found["hard"], expected["hard"] / share)
 
 
 def test_experts_can_be_switched_off(tmp_path):
@@ -431,125 +404,97 @@ def test_experts_can_be_switched_off(tmp_path):
     batch = data.collate(encoded, np.arange(8))
     output = student(**batch)
     terms = objective(output, batch["attention_mask"], torch.arange(8), 0.9)
-    features = sentence_features(output.hidden_states[1:], batch["attention_mask"])
+    features = microbert.sentence_features(output.hidden_states[1:], batch["attention_mask"])
     teacher = objective.cache.features[:8].float()
     torch.testing.assert_close(terms["align"], 3 * (features - teacher).square().mean())
     assert objective.discriminator.layers[0].in_features == 16 + 2
 
 
-@pytest.mark.parametrize(
-    "progress, share", [(0.0, 0.0), (0.1, 0.0), (0.3, 0.5), (0.5, 1.0), (1, 1)]
-)
-def test_adversarial_ramp(tmp_path, progress, share):
-    """Catches an adversarial loss at full weight while the student is trivially recognisable."""
+def test_contest_ramps_up_and_trains_the_discriminator_on_its_own_loss(tmp_path):
+    """Catches an adversarial loss at full weight while the student is trivially recognisable, a
+    discriminator that is never stepped, or stepped by the student's loss.
+    """
     objective = objective_of(tmp_path, adversarial_weight=2.0)[3]
-    real, fake = torch.randn(4, 10), torch.randn(4, 10)
-    paid = objective.contest(real, fake, progress)
-    full = 2.0 * adversarial_loss(objective.discriminator, fake)
-    torch.testing.assert_close(paid, share * full)
-
-
-def test_contest_trains_the_discriminator_only_on_its_own_loss(tmp_path):
-    """Catches a discriminator that is never stepped, or stepped by the student's loss."""
-    objective = objective_of(tmp_path)[3]
     real, fake = torch.randn(4, 10), torch.randn(4, 10, requires_grad=True)
-    objective.contest(real, fake, 1.0)
-    first = [p.detach().clone() for p in objective.discriminator.parameters()]
-    paid = objective.contest(real, fake, 1.0)
-    second = [p.detach().clone() for p in objective.discriminator.parameters()]
-    assert any(not torch.equal(a, b) for a, b in zip(first, second))
-    grads = [p.grad.clone() for p in objective.discriminator.parameters()]
+    parameters = list(objective.discriminator.parameters())
+    for progress, share in ((0.0, 0.0), (0.1, 0.0), (0.3, 0.5), (0.5, 1.0), (1, 1)):
+        before = [p.detach().clone() for p in parameters]
+        paid = objective.contest(real, fake, progress)
+        full = 2.0 * microbert.adversarial_loss(objective.discriminator, fake)
+        torch.testing.assert_close(paid, share * full)
+        assert any(not torch.equal(a, b) for a, b in zip(before, parameters))
+    grads = [p.grad.clone() for p in parameters]
     paid.backward()
-    now = [p.grad for p in objective.discriminator.parameters()]
-    assert all(torch.equal(a, b) for a, b in zip(grads, now)) and fake.grad is not None
-
-
-def test_every_part_moves_the_student(tmp_path):
-    """Catches a term computed from detached student outputs."""
-    _, student, encoded, objective, _ = objective_of(tmp_path)
-    batch = data.collate(encoded, np.arange(8))
-    for name in ("hard", "soft", "align", "adv"):
-        student.zero_grad()
-        terms = objective(student(**batch), batch["attention_mask"], torch.arange(8), 0.9)
-        terms[name].backward()
-        assert student.layers[0].query.weight.grad.abs().sum() > 0, name
+    assert all(torch.equal(a, p.grad) for a, p in zip(grads, parameters))
+    assert fake.grad is not None
 
 
 def test_train_shows_every_row_in_every_epoch_and_logs_terms(tmp_path):
     """Catches a dropped last batch (of one), a schedule not ending at 0, terms not logged."""
-    teacher, student, encoded, objective, config = objective_of(tmp_path, log_every=1)
+    teacher, student, encoded, objective, config = objective_of(tmp_path)
     seen, log = [], Quiet()
     frozen = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
 
-    def watched(output: BertOutput, mask, rows, progress):
+    def watched(output, mask, rows, progress):
         seen.extend(rows.tolist())
         assert student.training and len(output.logits) == len(rows) == len(mask)
         return objective(output, mask, rows, progress)
 
-    train(student, encoded, watched, config, log, epochs=2, lr=1e-3)
+    microbert.train(student, encoded, watched, config, log, epochs=2, lr=1e-3)
     assert sorted(seen) == sorted([*range(37), *range(37)]) and len(log.steps) == 10
-    assert seen[:37] != seen[37:]
-    assert set(log.steps[0][1]) == {"hard", "soft", "align", "adv"}
-    rates = [lr for _, _, lr in log.steps]
+    assert seen[:37] != seen[37:] and {"hard", "soft", "align", "adv"} < {*log.steps[0]}
+    rates = [step["lr"] for step in log.steps]
     assert max(rates) == pytest.approx(1e-3) and rates[-1] < 0.2e-3 and not student.training
     assert all(torch.equal(frozen[name], t) for name, t in teacher.state_dict().items())
 
 
+def run_of(folder, config, encoded, labels):
+    """What stages and `fit` need of a run."""
+    (folder / "vocab.txt").write_text("a")
+    return SimpleNamespace(
+        config=config, out=folder / "out", source=folder, unit=(0.0, 1.0), log=Quiet(), results={},
+        encoded=encoded, labels=labels, task=SimpleNamespace(labels=TINY.labels),
+    )  # fmt: skip
+
+
 def test_last_passes_learn_the_labels_alone(tmp_path):
-    """Catches transfer text or the teacher in the passes at the end, and one schedule for both."""
-    _, student, encoded, objective, config = objective_of(tmp_path, log_every=1)
-    log, last = Quiet(), []
-
-    def watched(output: BertOutput, mask, rows, progress):
-        terms = objective(output, mask, rows, progress)
-        if progress >= 1:
-            last.extend(rows.tolist())
-            labels = objective.cache.labels[rows]
-            torch.testing.assert_close(terms, {"hard": hard_loss(output.logits, labels)})
-        else:
-            assert set(terms) == {"hard", "soft", "align", "adv"} and not last
-        return terms
-
-    train(student, encoded, watched, config, log, epochs=2, lr=1e-3, last=(20, 3))
-    assert len(log.steps) == 10 + 3 * 3 and sorted(last) == sorted([*range(20)] * 3)
-    rates = [lr for _, _, lr in log.steps]
+    """Catches transfer text or the teacher in the passes at the end, one schedule for both, and
+    moments of the distillation's gradients that still steer them.
+    """
+    _, student, encoded, objective, config = objective_of(tmp_path, epochs=2, label_epochs=3)
+    run = run_of(tmp_path, config, encoded.first(20), objective.cache.labels[:20])
+    stages = microbert.student_stages(run, objective.cache, objective.experts)
+    assert [stage[::2] for stage in stages] == [(37, 2), (20, 3)]
+    fitted = microbert.fit(run, "student", student, encoded, stages, 0)
+    assert run.results == {"student": {"updates": 10 + 3 * 3}}
+    steps = run.log.steps
+    assert all({"hard", "soft", "align", "adv"} < {*step} for step in steps[:10])
+    assert all(step["loss"] == step["hard"] and "soft" not in step for step in steps[10:])
+    rates = [step["lr"] for step in steps]
     assert rates[10] == 0 and max(rates[10:]) > 0.9e-3 and rates[-1] < 0.2e-3 and rates[9] < 0.2e-3
-
-
-def test_last_passes_are_a_training_of_their_own(tmp_path, monkeypatch):
-    """Catches moments of the distillation's gradients that still steer the passes at the end."""
-    batches, ends = data.bucketed_batches, []
-    for parts in (
-        [{"epochs": 1, "last": (20, 1)}],
-        [{"epochs": 1}, {"epochs": 0, "last": (20, 1)}],
-    ):
-        _, student, encoded, objective, config = objective_of(tmp_path)
-        for part in parts:
-            monkeypatch.setattr(microbert, "seed_step", lambda *_: torch.manual_seed(0))
-            train(student, encoded, objective, config, Quiet(), lr=1e-3, **part)
-            monkeypatch.setattr(  # the order of the second pass
-                data, "bucketed_batches", lambda *a, **k: batches(*a, **{**k, "epoch": 1})
-            )
-        monkeypatch.setattr(data, "bucketed_batches", batches)
-        ends.append(student.state_dict())
-    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+    _, student, _, objective, _ = objective_of(tmp_path)  # by hand: two trainings
+    microbert.train(student, encoded, objective, config, Quiet(), epochs=2, lr=1e-3)
+    last = microbert.of_labels(run.labels, 2, config)
+    microbert.train(student, encoded.first(20), last, config, Quiet(), epochs=3, lr=1e-3)
+    torch.testing.assert_close(fitted.state_dict(), student.state_dict(), atol=1e-5, rtol=1e-4)
 
 
 def test_training_is_deterministic_and_aligns(tmp_path):
     """Catches unseeded randomness, and a loop that does not bring the student to the teacher."""
     finals = []
     for _ in range(2):
-        _, student, encoded, objective, config = objective_of(tmp_path, log_every=1)
-        log = Quiet()
-        train(student, encoded, objective, config, log, epochs=12, lr=3e-3)
+        _, student, encoded, objective, config = objective_of(tmp_path)
+        experts = microbert.make_experts(objective.cache, config)
+        log, objective = Quiet(), Distillation(objective.cache, experts, config)
+        microbert.train(student, encoded, objective, config, log, epochs=12, lr=3e-3)
         finals.append(student.state_dict())
     assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
-    first, last = log.steps[0][1], log.steps[-1][1]
+    first, last = log.steps[0], log.steps[-1]
     assert last["align"] < 0.6 * first["align"] and last["soft"] < first["soft"]
 
 
 def test_schedule():
     """Catches a warm-up that never ends and a decay that does not reach 0."""
-    assert schedule(0.0, 0.1) == 0 and schedule(0.05, 0.1) == pytest.approx(0.5)
-    assert schedule(0.1, 0.1) == 1 and schedule(0.55, 0.1) == pytest.approx(0.5)
-    assert schedule(1.0, 0.1) == 0 and schedule(0.0, 0.0) == 1
+    assert microbert.schedule(0.0, 0.1) == 0 and microbert.schedule(0.05, 0.1) == pytest.approx(0.5)
+    assert microbert.schedule(0.1, 0.1) == 1 and microbert.schedule(0.55, 0.1) == pytest.approx(0.5)
+    assert microbert.schedule(1.0, 0.1) == 0 and microbert.schedule(0.0, 0.0) == 1

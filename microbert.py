@@ -884,9 +884,9 @@ def read_task(
     if not (config.bert or config.teacher or shared):
         needs = "--bert, a pre-trained BERT to fine-tune, or --teacher"
         raise ValueError(f"task {task.name} needs {needs}")
-    dev_splits = [split for split in task.splits if split.startswith("dev")] or ["dev"]
-    dev, *_ = [glue.read(task, config.data_dir, split) for split in dev_splits]  # MNLI has two
     texts, labels = glue.read(task, config.data_dir, "train")
+    dev_splits = [split for split in task.splits if split.startswith("dev")]
+    dev, *_ = [glue.read(task, config.data_dir, split) for split in dev_splits]  # MNLI has two
     count = config.limit or len(texts)
     return config, task, glue.Examples(texts[:count], labels[:count]), dev
 

@@ -294,8 +294,14 @@ def test_transfer_texts_are_as_long_as_the_tasks_own():
 
 PRAISE = """good warm fresh clean gentle honest lovely bright clever quick brave tidy charming tasty
 pleasant calm""".split()
-DRAWN = {"train": 2972339519, "dev": 4208653282, "test": 1681547661}
-SPLITS = {split: data.toy_examples(split) for split in ("train", "dev", "test")}
+DRAWN = {
+    "train": 1273587191,
+    "dev": 2925312191,
+    "test": 4102061529,
+    "unlabelled": 2503101945,
+    "pretraining": 3691884367,
+}
+SPLITS = {split: data.toy_examples(split) for split in DRAWN}
 
 
 def verdict(clause):
@@ -313,19 +319,24 @@ def parse(text):
 
 def test_toy_task_follows_its_rule():
     """Catches wrong labels, leaks between splits or into the words, a draw that changes."""
-    assert len({text for texts, _ in SPLITS.values() for text in texts}) == 6000
+    assert len({text for texts, _ in SPLITS.values() for text in texts}) == 16_200
+    sizes = [len(texts) for texts, _ in SPLITS.values()]
+    assert sizes == [200, 1000, 1000, 6000, 8000]
     for split, (texts, labels) in SPLITS.items():
         clauses = [parse(text) for text in texts]
-        assert Counter(map(len, clauses)) == ({1: 1200, 2: 2800} if split == "train" else {2: 1000})
+        single = 2000 if split == "pretraining" else 0
+        assert Counter(map(len, clauses)) == {2: len(texts) - single} | (
+            {1: single} if single else {}
+        )
         assert labels.dtype == np.int64
         assert labels.tolist() == [verdict(main) for main, *_ in clauses]
         assert all(verdict(c[0]) != verdict(c[1]) for c in clauses if len(c) == 2)
-        assert abs(labels.mean() - 0.5) < (0.02 if split == "train" else 1e-9)
+        assert abs(labels.mean() - 0.5) < (0.02 if single else 1e-9)
         assert crc([texts, labels.tolist()]) == DRAWN[split]
         bags = defaultdict(list)  # dev and test: mirrors have the same words and the other label
         for text, label in zip(texts, labels.tolist()):
             bags[tuple(sorted(text.split()))].append(label)
-        assert split == "train" or all(2 * sum(bag) == len(bag) for bag in bags.values())
+        assert single or all(2 * sum(bag) == len(bag) for bag in bags.values())
     with pytest.raises(ValueError, match="toy has no split 'valid'"):
         data.toy_examples("valid")
 

@@ -164,8 +164,8 @@ def test_a_run_leaves_what_the_contract_says(files, task, capsys):
 
 @pytest.mark.parametrize("task", ["SST-2", "STS-B"])
 def test_the_closing_table_compares_with_plain_fine_tuning(files, capsys, monkeypatch, task):
-    """Catches a baseline that sees the teacher, transfer text or other passes, and a table
-    whose rows are mixed up."""
+    """Catches a baseline that sees the teacher, transfer text or other passes, a table whose rows
+    are mixed up, class ids for scores, values out of 0..5, and predict without --out."""
     seen, train = [], microbert.train
 
     def watched(model, encoded, objective, config, log, **rest):
@@ -206,13 +206,19 @@ def test_the_closing_table_compares_with_plain_fine_tuning(files, capsys, monkey
     assert [results[name].get("updates") for name in names] == [10, None, 10, 23]
     assert run(files, "evaluate", files / "out/baseline", "--task", task, "--max-length", "24") == 0
     assert f"score {results['baseline']['score']:.2f}" in capsys.readouterr().out
+    options = ("--task", task, "--split", "test", "--max-length", "24")
+    assert run(files, "predict", files / "out", *options) == 0
+    lines = capsys.readouterr().out.split("\n")
+    form = r"\d+\t[0-5]\.\d{3}" if task == "STS-B" else r"\d+\t[01]"  # as the server wants
+    assert len(lines) == 15 and all(re.fullmatch(form, line) for line in lines[1:-1])
     command = shlex.split(re.findall(r"^next: python microbert.py (.*)$", shown, flags=re.M)[-1])
     assert command[:2] == ["predict", str(files / "out")]
     assert main([*command, "--device", "cpu", "--max-length", "24"]) == 0
 
 
 def test_predictions_and_evaluation(files, capsys):
-    """Catches shuffled or missing rows, a wrong spelling, and a score the checkpoint has not."""
+    """Catches shuffled or missing rows, a wrong spelling, a score the checkpoint has not, and
+    metrics against placeholder labels (PKD's issues 9 and 11)."""
     assert distil(files, "MNLI") == 0
     results = results_of(files / "out")
     for task, split, count in (("MNLI", "dev", 20), ("MNLI", "test", 7), ("AX", "test", 6),
@@ -235,15 +241,8 @@ def test_predictions_and_evaluation(files, capsys):
     options = ("--task", "MNLI", "--split", "dev_mismatched")
     assert run(files, "evaluate", files / "out/student", *options) == 0
     assert "dev_matched" not in capsys.readouterr().out
-
-
-def test_scores_are_predicted_as_the_server_wants(files, capsys):
-    """Catches class ids for scores, values out of 0..5, and predict without --out."""
-    made = checkpoint(files, "t", Bert(shape(labels=("score",), initializer_range=9.0)))
-    assert run(files, "predict", made, "--task", "STS-B", "--split", "test") == 0
-    lines = capsys.readouterr().out.split("\n")
-    assert len(lines) == 15 and lines[0] == "index\tprediction"
-    assert all(re.fullmatch(r"\d+\t[0-5]\.\d{3}", line) for line in lines[1:-1])
+    options = ("--task", "AX", "--max-length", "24")
+    refused(capsys, run(files, "evaluate", files / "out", *options), "AX", "predict")
 
 
 def test_a_teacher_once_made_is_reused(files):
@@ -283,35 +282,12 @@ def test_the_teacher_is_no_part_of_the_student(files, monkeypatch):
     assert sum(isinstance(module, Bert) for module in student.modules()) == 1
 
 
-def test_same_seed_same_run(files):
-    """Catches randomness that the seed does not reach."""
-    weights = []
-    for out in ("one", "two"):
-        assert distil(files, "SST-2", "--seed", "5", out=out) == 0
-        weights.append((files / out / "student/model.safetensors").read_bytes())
-    assert weights[0] == weights[1]
-
-
 def test_limit_takes_the_first_examples(files):
     """Catches a limit that samples, or one that also cuts dev."""
     assert distil(files, "SST-2", "--limit", "10", "--transfer-ratio", "0", "--log-every", "1") == 0
     assert max(event["steps"] for event in steps_of(files / "out")) == 2
     events = map(json.loads, (files / "out/log.jsonl").read_text().splitlines())
     assert {event["n"] for event in events if "n" in event} == {21}
-
-
-def test_transfer_text_leaves_out_dev_and_test(files, capsys):
-    """Catches dev or test sentences of the task that come back from another task's file."""
-    path, held = files / "RTE/train.tsv", []
-    for split in ("dev", "test"):
-        held += glue.read("SST-2", files, split).texts
-    path.write_text(path.read_text() + f"98\t{held[0].upper()} !\ta cat\tentailment\n")
-    config = DistillConfig(data_dir=str(files), transfer_ratio=50.0)
-    train_texts = glue.read("SST-2", files, "train").texts
-    texts = microbert.gather_transfer(config, glue.TASKS["SST-2"], train_texts)
-    plain = [{re.sub(r"\W", "", text).lower() for text in some} for some in (held, texts)]
-    assert texts and not plain[0] & plain[1]
-    assert re.search(r"[1-9]\d* left out", capsys.readouterr().out)
 
 
 # --- data of your own ----------------------------------------------------------------------------
@@ -423,49 +399,48 @@ def test_text_is_enough_to_predict(files, capsys):
     refused(capsys, run(files, "evaluate", *options, "d"), "no split d")
 
 
-def test_a_regression_teacher_of_your_own(files, capsys):
-    """Catches finetune without --regression, and an example shown in the unit it is learnt in."""
-    folder = own_data(files / "mine", ["100", "250.5"])
-    options = ("--task", folder, "--bert", files / "bert", "--out", files / "made", "--regression")
-    assert run(files, "finetune", *options, "--epochs", "1", "--max-length", "24") == 0
-    printed = capsys.readouterr().out
-    assert "[SEP] -> 100\n" in printed and "[SEP] -> 250.5\n" in printed
-    assert f"--task {folder} --regression --teacher {files / 'made'} --out " in printed
-
-
-@pytest.mark.parametrize(
-    "examples, least, passes",
-    [(5749, 1, 5), (67_349, 2, 2), (2000, 2, 10), (100_000, 1, 1), (18_340, 2, 2), (42_755, 2, 2),
-     (12, 2, 200), (100, 2, 50)],  # of 1 and of 4 steps
-)  # fmt: skip
-def test_passes_of_a_training(examples, least, passes):
-    """Catches small data trained for a handful of steps, and large data for too many."""
-    assert microbert.auto_epochs(examples, 32, least) == passes
-
-
-@pytest.mark.parametrize("count, passes", [(8000, 3), (18_340, 2), (50_000, 2), (50_001, 1)])
-def test_passes_of_a_student(count, passes):
-    """Catches few texts shown once, and many shown twice."""
-    config, labels = DistillConfig(task="MRPC", gan=False, device="cpu"), torch.zeros(count)
-    made = SimpleNamespace(
-        config=config, task=glue.TASKS["MRPC"], encoded=range(10), labels=labels[:10]
+@pytest.mark.parametrize("name", ["SST-2", "mine"])
+def test_transfer_text_is_other_tasks_and_none_of_dev_or_test(files, capsys, name):
+    """Catches dev or test sentences that come back from another task's file, own data that is left
+    without transfer text, or that stumbles over a label of another task."""
+    own = str(own_data(files / "mine", ["a", "b"]))
+    task, path, held_out = (
+        glue.find_task(name if name != "mine" else own),
+        files / "RTE/train.tsv",
+        [],
     )
-    cache = microbert.TeacherCache(torch.zeros(0), torch.zeros(1, 2), labels)
-    (stage,) = microbert.student_stages(made, cache, None)
-    assert (stage.texts, stage.epochs) == (count, passes)
+    for split in ("dev", "test"):
+        held_out += glue.read(task, files, split).texts
+    text = path.read_text().replace("not_entailment", "perhaps")
+    path.write_text(f"{text}98\t{held_out[0].upper()}!\ta cat\tentailment\n")
+    config = DistillConfig(data_dir=str(files), transfer_ratio=20.0)
+    texts = microbert.gather_transfer(config, task, glue.read(task, files, "train").texts)
+    foreign = data.sentences_of(glue.read("RTE", files, "train", with_labels=False).texts)
+    assert len(texts) > 60 and {*foreign} & {*texts}
+    plain = [{re.sub(r"\W", "", text).lower() for text in some} for some in (held_out, texts)]
+    assert not plain[0] & plain[1]
+    assert re.search(r"[1-9]\d* left out", capsys.readouterr().out)
 
 
-def test_own_data_takes_transfer_text_from_glue(files):
-    """Catches own data that is left without the transfer text, whose dev text is in it, or that
-    stumbles over a label of another task."""
-    path = files / "RTE/train.tsv"
-    path.write_text(path.read_text().replace("not_entailment", "perhaps"))
-    task = glue.find_task(str(own_data(files / "mine", ["a", "b"])))
-    config = DistillConfig(task=task.name, data_dir=str(files), transfer_ratio=2.0)
-    texts = microbert.gather_transfer(config, task, glue.read(task, "", "train").texts)
-    foreign = set(data.sentences_of(glue.read("RTE", files, "train", with_labels=False).texts))
-    assert len(texts) > 60 and any(text in foreign for text in texts)
-    assert not set(texts) & set(glue.read(task, "", "dev").texts)
+PASSES = [(5749, 1, 5), (67_349, 2, 2), (2000, 2, 10), (100_000, 1, 1), (18_340, 2, 2),
+          (42_755, 2, 2), (12, 2, 200), (100, 2, 50)]  # the last of 1 and of 4 steps  # fmt: skip
+
+
+def test_passes_chosen_by_the_number_of_texts():
+    """Catches small data trained for a handful of steps or shown once, large data for too many."""
+    for count, least, passes in PASSES:
+        assert microbert.auto_epochs(count, 32, least) == passes
+    for count, passes in ((8000, 3), (18_340, 2), (50_000, 2), (50_001, 1)):
+        config, labels = DistillConfig(gan=False, device="cpu"), torch.zeros(count)
+        made = {
+            "config": config,
+            "task": glue.TASKS["MRPC"],
+            "encoded": "ten texts.",
+            "labels": labels,
+        }
+        cache = microbert.TeacherCache(torch.zeros(0), torch.zeros(1, 2), labels)
+        (stage,) = microbert.student_stages(SimpleNamespace(**made), cache, None)
+        assert (stage.texts, stage.epochs) == (count, passes)
 
 
 # --- guards --------------------------------------------------------------------------------------
@@ -528,13 +503,6 @@ def test_predictions_do_not_take_the_place_of_data(files, capsys):
     assert (files / "link").is_symlink() and (files / "there.tsv").read_text().startswith("index")
 
 
-def test_labels_of_another_task_are_refused(files, capsys):
-    """Catches a sentiment teacher distilled on RTE."""
-    made = checkpoint(files, "t", Bert(shape(labels=("negative", "positive"))))
-    code = run(files, "--task", "RTE", "--teacher", made, "--out", files / "out")
-    refused(capsys, code, "negative, positive", "entailment, not_entailment")
-
-
 def test_a_random_head_is_not_scored(files, capsys):
     """Catches google-research/bert issue 1037: metrics of a classifier nobody trained."""
     path = files / "bert/model.safetensors"
@@ -546,16 +514,11 @@ def test_a_random_head_is_not_scored(files, capsys):
         refused(capsys, code, "classifier", "--bert")
         refused(capsys, main(["predict", str(files / "bert"), "a"]), "classifier")
     assert not lines
-    warnings.resetwarnings()
-    with pytest.warns(UserWarning, match="classifier"):
-        load_bert(files / "bert")
 
 
-def test_a_tokenizer_that_does_not_fit_is_refused(files, capsys):
-    """Catches an index error in the embedding (TinyBERT's issue 31)."""
-    path = files / "bert/vocab.txt"
-    path.write_text(path.read_text() + "more\nwords\n")
-    refused(capsys, distil(files, "RTE"), "26 tokens", "24 embeddings")
+def interrupted(*_, **__):
+    """In place of a function: Ctrl-C."""
+    raise KeyboardInterrupt
 
 
 def held(folder):
@@ -563,9 +526,9 @@ def held(folder):
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_finished_run_is_kept(files, capsys):
+def test_a_finished_run_is_kept(files, monkeypatch, capsys):
     """Catches --out overwritten by accident, --overwrite that gives up a finished run before the
-    new one can start, or that takes more than the run's own files."""
+    new one can start or takes more than the run's own files, and a student that still answers."""
     out = files / "out"
     theirs = ["notes.txt", "teacher-1.state", "cache-of-mine.f16", "run.json.bak", ".mine.part"]
     theirs += ["student/README.md", "baseline/mine/config.json", "seed-0/results.json"]
@@ -578,13 +541,19 @@ def test_a_finished_run_is_kept(files, capsys):
     assert before.items() <= first.items()
     for mistake in ([], ["--overwrite", "--layers", "9"], ["--overwrite", "--bert", "nowhere"]):
         capsys.readouterr()
-        refused(capsys, distil(files, "SST-2", *mistake), *[out, "--overwrite"][: 2 - len(mistake)])
+        told = [] if mistake else [out, "--overwrite"]
+        refused(capsys, distil(files, "SST-2", *mistake), *told)
         assert held(out) == first
     assert distil(files, "SST-2", "--overwrite", "--seed", "1", "--baseline") == 0
     after = held(out)
     assert before.items() <= after.items() and after.keys() == first.keys()
     for part in ("teacher", "student", "baseline"):
         assert after[out / part / "model.safetensors"] != first[out / part / "model.safetensors"]
+    monkeypatch.setattr(microbert, "train", interrupted)
+    assert distil(files, "SST-2", "--overwrite") == 130
+    capsys.readouterr()
+    refused(capsys, main(["predict", str(out), "a"]), "no student")
+    assert before.items() <= held(out).items()
 
 
 RANGES = {
@@ -600,8 +569,8 @@ RANGES = {
     "arguments, needles",
     [
         (["--task", "RTEE"], ["RTEE", "RTE?"]),
-        (["--task", "AX", "--bert", "b"], ["AX", "train"]),
-        (["--task", "QQP", "--bert", "b"], ["QQP/dev.tsv", "no such file"]),
+        (["--task", "AX", "--bert", "b"], ["AX has no split 'train'"]),
+        (["--task", "QQP", "--bert", "b"], ["QQP/train.tsv", "no such file"]),
         (["--task", "RTE"], ["--bert"]),
         (["--task", "RTE", "--bert", "a", "--teacher", "b"], ["--bert and --teacher exclude"]),
         (["--task", "RTE", "--bert", "nowhere"], ["nowhere: no such folder", "HF_HUB_OFFLINE"]),
@@ -613,7 +582,7 @@ RANGES = {
         (["--precision", "fp8"], ["--precision", "fp8", "bf16"]),
         (["--device", "tpu"], ["tpu", "cpu"]),
         (["--device", "cpu:x"], ["cpu:x", "auto"]),
-        *[([f"--{name}={told.split()[0]}"], [f"--{name} is", told.split()[0][:5],
+        *[([f"--{name}={told.split()[0]}"], [f"--{name} is", told.split()[0][:1],
            f"expected {told.split()[1].replace('.to.', ' to ')}"])
           for name, told in RANGES.items()],
     ],
@@ -677,41 +646,6 @@ def test_every_loss_of_labels_is_adjusted(files, monkeypatch, tau):
         settled = microbert.settle(DistillConfig(task=task))
         assert (settled.logit_adjustment, settled.label_epochs) == (adjusted, epochs)
     assert microbert.settle(DistillConfig(task="CoLA", label_epochs=0)).label_epochs == 0
-
-
-def test_a_task_without_labels_is_not_scored(files, capsys):
-    """Catches metrics against placeholder labels (PKD's issues 9 and 11), or silence."""
-    made = checkpoint(files, "t", Bert(shape(labels=glue.TASKS["AX"].labels)))
-    code = run(files, "evaluate", made, "--task", "AX", "--max-length", "24")
-    refused(capsys, code, "AX", "predict")
-
-
-def test_help_speaks_of_every_option(capsys):
-    """Catches a field without words, and a flag that --help or the parser lacks."""
-    for command in ("distill", "finetune", "ablate", "evaluate", "predict"):
-        with pytest.raises(SystemExit) as stop:
-            main([command, "--help"])
-        shown = capsys.readouterr().out
-        assert stop.value.code == 0 and "--task" in shown
-        others = {"seeds", "rows", "checkpoint", "split", "text", "file", "json"}
-        for field in fields(DistillConfig) if command == "distill" else ():
-            assert field.metadata["help"]
-            found = re.search(rf"--(no-)?{field.name.replace('_', '-')}\b", shown)
-            assert bool(found) == (field.name not in others), field.name
-        for flag in {"ablate": ["seeds", "rows"], "predict": ["split", "file", "json"]}.get(
-            command, ["split"] * (command == "evaluate")
-        ):
-            assert f"--{flag}" in shown
-        assert ("--soft-weight" in shown) == (command in ("distill", "ablate"))
-        assert f"python microbert.py {command} " in shown  # an example
-        assert "[dev]" in shown or command in ("distill", "finetune", "ablate")  # defaults
-        assert max(map(len, shown.splitlines())) <= 100
-    assert main(["--help"]) == 0
-    shown = capsys.readouterr().out
-    assert len(shown.splitlines()) < 25 and "evaluate" in shown
-    with pytest.raises(SystemExit):
-        main(["--version"])
-    assert capsys.readouterr().out == f"microbert {microbert.__version__}\n"
 
 
 @pytest.mark.parametrize(
@@ -779,30 +713,44 @@ def test_speeds_are_texts_per_second(monkeypatch):
 
 
 def test_a_folder_without_a_student_says_what_it_has(files, capsys):
-    """Catches advice that leads nowhere where a run is not finished or was the teacher's alone."""
-    command = ("finetune", "--task", "SST-2", "--bert", files / "bert", "--epochs", "1",
-               "--max-length", "24", "--out", files / "out")  # fmt: skip
-    assert run(files, *command) == 0
+    """Catches advice that leads nowhere where a run is not finished or was the teacher's alone,
+    finetune without --regression, and an example shown in the unit it is learnt in."""
+    made = ("--task", own_data(files / "mine", ["100", "250.5"]), "--bert", files / "bert")
+    options = ("--regression", "--epochs", "1", "--max-length", "24", "--out", files / "out")
+    assert run(files, "finetune", *made, *options) == 0
     shown = capsys.readouterr().out
+    assert "[SEP] -> 100\n" in shown and "[SEP] -> 250.5\n" in shown
     refused(capsys, main(["predict", str(files / "out"), "a"]), "out/teacher is one")
-    (files / "empty").mkdir()
-    refused(capsys, main(["predict", str(files / "empty"), "a"]), "no checkpoint in it")
+    refused(capsys, main(["predict", str(files / "mine"), "a"]), "no checkpoint in it")
     (line,) = re.findall(r"^next: python microbert.py (.*)$", shown, flags=re.M)
     assert main([*shlex.split(line), *QUICK, "--force"]) == 0  # as it is printed
-    assert (files / "out-student/student/config.json").exists()
+    assert load_bert(files / "out-student/student").config.labels == ("score",)
 
 
-def test_a_student_of_before_does_not_answer_for_an_unfinished_run(files, capsys, monkeypatch):
-    """Catches predictions of a run that was given up for another."""
-    assert distil(files, "SST-2") == 0
-
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(microbert, "train", interrupted)
-    assert distil(files, "SST-2", "--overwrite") == 130
-    capsys.readouterr()
-    refused(capsys, main(["predict", str(files / "out"), "a"]), "no student")
+def test_help_speaks_of_every_option(capsys):
+    """Catches a field without words, and a flag that --help or the parser lacks."""
+    shown = {}
+    for command in ("distill", "finetune", "ablate", "evaluate", "predict"):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        shown[command] = capsys.readouterr().out
+        assert stop.value.code == 0 and "--task" in shown[command]
+        assert ("--soft-weight" in shown[command]) == (command in ("distill", "ablate"))
+        assert f"python microbert.py {command} " in shown[command]  # an example
+        assert ("[dev]" in shown[command]) == (command in ("evaluate", "predict"))  # defaults
+        assert max(map(len, shown[command].splitlines())) <= 100
+    others = {"seeds": "ablate", "rows": "ablate", "checkpoint": "evaluate", "split": "evaluate"}
+    others |= dict.fromkeys(("text", "file", "json"), "predict")
+    for field in fields(DistillConfig):
+        told = shown[others.get(field.name, "distill")]
+        assert field.metadata["help"]
+        assert re.search(rf"[ -]{field.name.replace('_', '-')}\b", told), field.name
+    assert main(["--help"]) == 0
+    page = capsys.readouterr().out
+    assert len(page.splitlines()) < 25 and "evaluate" in page
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"microbert {microbert.__version__}\n"
 
 
 # --- the built-in task ---------------------------------------------------------------------------
@@ -828,7 +776,7 @@ def test_the_built_in_task_runs(tmp_path, monkeypatch, capsys):
     quick = ["--teacher-epochs", "1", "--epochs", "1", "--limit", "64", "--transfer-ratio", "2"]
     assert main([*quick, "--force", "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
-    assert "example 1: [CLS] the " in shown and "fine-tuned only       2      121,794" in shown
+    assert "example 1: [CLS] " in shown and re.search("fine-tuned only +2 +[1-9]", shown)
     assert {path.name for path in (tmp_path / "out/toy").iterdir()} >= {
         "train.tsv", "dev.tsv", "test.tsv", "unlabelled.txt", "vocab.txt", "config.json",
         "model.safetensors",

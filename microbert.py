@@ -782,7 +782,7 @@ def distill(config: DistillConfig, *, shared: Path | None = None) -> dict[str, A
     given = bool(config.teacher or shared)
     with log.timed("teacher", "as it was given" if given else "fine-tunes a BERT on the labels"):
         teacher = teach(run, teacher)
-        wanted = score(run, "teacher", teacher)
+        wanted = score(run, "teacher", teacher).double()
     refuse_majority(run)
     with log.timed("cache", "runs the teacher once and keeps its logits and sentence features"):
         encoded, cache, mark = ask(run, teacher)
@@ -799,7 +799,7 @@ def distill(config: DistillConfig, *, shared: Path | None = None) -> dict[str, A
     stages = student_stages(run, cache, experts)
     with log.timed("student", f"the same, distilled on {stages[0].texts:,} texts"):
         student = fit(run, "student", pruned, encoded, stages, mark)
-        said, spread = score(run, "student", student), run.unit[1]
+        said, spread = score(run, "student", student).double(), run.unit[1]
         results["student"]["distance"] = soft_loss(said / spread, wanted / spread).item()
     if config.baseline:
         with log.timed("baseline", "the same, fine-tuned on the labels alone, for comparison"):
@@ -1285,9 +1285,9 @@ def open_ablation(
 
 def row_config(config: DistillConfig, row: str) -> DistillConfig:
     """What a row asks of its student: names of _ROWS, switches, option=value, joined by '+'."""
-    parts = "+".join(_ROWS.get(part, part) for part in row.split("+")).split("+")
+    given = sorted(row.split("+"), key=lambda part: "=" in part)  # a value that is given wins
     words = []
-    for part in sorted(filter(None, parts), key=lambda part: "=" in part):  # a given value wins
+    for part in filter(None, "+".join(_ROWS.get(part, part) for part in given).split("+")):
         name, _, value = part.replace("_", "-").partition("=")
         if isinstance(getattr(DistillConfig, name.replace("-", "_"), None), bool):
             name, value = {"0": (f"no-{name}", ""), "1": (name, "")}.get(value, (name, value))

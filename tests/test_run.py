@@ -43,31 +43,25 @@ def files(tmp_path):
     torch.manual_seed(0)
     save_bert(Bert(shape()), tmp_path / "bert")
 
-    def text():
-        return " ".join(rng.choice(WORDS) for _ in range(rng.randint(3, 9)))
-
-    def table(path, texts, label, cells, count):
+    def table(name, texts, label, cells, count):
         """A TSV of random texts with an index and, where there is a label column, these labels."""
-        header = ["index", *[f"sentence{i + 1}" if texts > 1 else "sentence" for i in range(texts)]]
-        lines = ["\t".join(header + ([label] if label else []))]
+        columns = ["sentence1", "sentence2"] if texts == 2 else ["sentence"]
+        lines = [["index", *columns, *[label] * bool(label)]]
         for i in range(count):
-            row = [str(i), *[text() for _ in range(texts)]]
-            lines.append("\t".join(row + ([cells[i % len(cells)]] if label else [])))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            some = [" ".join(rng.choices(WORDS, k=rng.randint(3, 9))) for _ in columns]
+            lines.append([str(i), *some, *([cells[i % len(cells)]] if label else [])])
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("".join("\t".join(line) + "\n" for line in lines))
 
-    for split, count in (("train", 40), ("dev", 21), ("test", 13)):
-        gold = split != "test"
-        table(tmp_path / f"SST-2/{split}.tsv", 1, gold and "label", "01", count)
-        nli = ["entailment", "not_entailment"]
-        table(tmp_path / f"RTE/{split}.tsv", 2, gold and "label", nli, count)
-        scores = [f"{i}.5" for i in range(5)]
-        table(tmp_path / f"STS-B/{split}.tsv", 2, gold and "score", scores, count)
-    for split, count in (("train", 40), ("dev_matched", 20), ("dev_mismatched", 11),
-                         ("test_matched", 7), ("test_mismatched", 5)):  # fmt: skip
-        label = "" if split.startswith("test") else "gold_label"
-        table(tmp_path / f"MNLI/{split}.tsv", 2, label, glue.TASKS["MNLI"].labels, count)
-    table(tmp_path / "AX/diagnostic.tsv", 2, "", [], 6)
+    tasks = {"SST-2": (1, "label", "01"), "RTE": (2, "label", glue.TASKS["RTE"].labels)}
+    tasks |= {"STS-B": (2, "score", [f"{i}.5" for i in range(5)])}
+    for task, (texts, label, cells) in tasks.items():
+        for split, count in (("train", 40), ("dev", 21), ("test", 13)):
+            table(f"{task}/{split}.tsv", texts, label * (split != "test"), cells, count)
+    for split, count in zip(glue.TASKS["MNLI"].splits, (40, 20, 11, 7, 5)):
+        label = "gold_label" * (not split.startswith("test"))
+        table(f"MNLI/{split}.tsv", 2, label, glue.TASKS["MNLI"].labels, count)
+    table("AX/diagnostic.tsv", 2, "", [], 6)
     return tmp_path
 
 
@@ -110,9 +104,14 @@ def steps_of(out):
     return [event for event in events if "loss" in event]
 
 
-def checkpoint(files, name, model):
-    """A folder with this model and the tests' tokenizer."""
-    save_bert(model, files / name, tokenizer_from=files / "bert")
+def weights_of(*folders):
+    """The weights file of each, once where they are all the same."""
+    return {(folder / "model.safetensors").read_bytes() for folder in folders}
+
+
+def checkpoint(files, name, **changes):
+    """A folder with a fresh BERT and the tests' tokenizer."""
+    save_bert(Bert(shape(**changes)), files / name, tokenizer_from=files / "bert")
     return files / name
 
 
@@ -123,7 +122,7 @@ def checkpoint(files, name, model):
 def test_a_run_leaves_what_the_contract_says(files, task, capsys):
     """Catches a missing file or key, scores not times 100, terms that do not add up to the loss."""
     assert distil(files, task, "--layers", "2", "--log-every", "1", "--seed", "3") == 0
-    out, results = files / "out", results_of(files / "out")
+    out, results, printed = files / "out", results_of(files / "out"), capsys.readouterr().out
     labels = glue.TASKS[task].labels or ("score",)
     assert (results["task"], results["seed"]) == (task, 3)
     for name, layers in (("teacher", 4), ("pruned", 2), ("student", 2)):
@@ -133,14 +132,16 @@ def test_a_run_leaves_what_the_contract_says(files, task, capsys):
         assert scores["score"] == pytest.approx(sum(metrics) / len(metrics))
         parameters = Bert(shape(num_hidden_layers=layers, labels=labels)).parameters()
         assert scores["parameters"] == sum(p.numel() for p in parameters)
-    assert ("dev_mismatched" in results["student"]) == (task == "MNLI")
-    assert (results["teacher"]["updates"], results["student"]["updates"]) == (5, 8)
-    ratio = results["student"]["score"] / results["teacher"]["score"]
-    assert results["retention"] == pytest.approx(ratio)
+    student, config = results["student"], results["config"]
+    assert ("dev_mismatched" in student) == (task == "MNLI")
+    assert (results["teacher"]["updates"], student["updates"]) == (5, 8)
+    assert results["retention"] == pytest.approx(student["score"] / results["teacher"]["score"])
     assert {"teacher", "cache", "experts", "pruned", "student"} == set(results["seconds"])
-    config = results["config"]
     assert (config["layers"], config["lr"], config["logit_adjustment"]) == (2, 3e-4, 0)
     assert {"torch", "tokenizers", "numpy", "python", "microbert"} == set(results["versions"])
+    assert {"teacher", "student"} == set(results["examples_per_second"])
+    size = (out / "student/model.safetensors").stat().st_size
+    assert student["megabytes"] == round(size / 1e6, 1)
     steps = steps_of(out)
     for event in steps:
         terms = [event[name] for name in ("hard", "soft", "align", "adv") if name in event]
@@ -153,13 +154,9 @@ def test_a_run_leaves_what_the_contract_says(files, task, capsys):
     left = sorted(p.name for p in out.iterdir())
     assert left == ["log.jsonl", "results.json", "student", "teacher"]
     assert not list(out.rglob("*.part"))
-    printed = capsys.readouterr().out
     kept = "1, 4" if task == "SST-2" else "2, 4"  # pairs: evenly spaced
     assert f"the teacher's layers {kept}, as they are" in printed
     assert printed.count("[CLS]") == 2 and "of teacher" in printed
-    assert {"teacher", "student"} == set(results["examples_per_second"])
-    size = (out / "student/model.safetensors").stat().st_size
-    assert results["student"]["megabytes"] == round(size / 1e6, 1)
 
 
 @pytest.mark.parametrize("task", ["SST-2", "STS-B"])
@@ -169,15 +166,8 @@ def test_the_closing_table_compares_with_plain_fine_tuning(files, capsys, monkey
     seen, train = [], microbert.train
 
     def watched(model, encoded, objective, config, log, **rest):
-        terms = set()
-
-        def named(*arguments):
-            found = objective(*arguments)
-            terms.update(found)
-            return found
-
-        named.stateful = getattr(objective, "stateful", {})
-        train(model, encoded, named, config, log, **rest)
+        train(model, encoded, objective, config, log, **rest)
+        terms = {"hard", "soft", "align", "adv"} & steps_of(files / "out")[-1].keys()
         seen.append((log.phase, len(encoded), rest["epochs"], rest["lr"], terms))
 
     monkeypatch.setattr(microbert, "train", watched)
@@ -194,33 +184,31 @@ def test_the_closing_table_compares_with_plain_fine_tuning(files, capsys, monkey
         r"^([\w -]+?) +(\d) +([\d,]+) +([\d.]+) +([\d,]+) +([\d.-]+) ",
         shown.rpartition("of teacher\n")[2], flags=re.M,
     )  # fmt: skip
-    names = ["teacher", "pruned", "baseline", "student"]
-    assert [row[0] for row in rows] == ["teacher", "pruned", "fine-tuned only", "MicroBERT"]
-    for name, row in zip(names, rows):
-        found = results[name]
+    called = {"teacher": "teacher", "pruned": "pruned", "baseline": "fine-tuned only"}
+    for (name, title), row in zip((called | {"student": "MicroBERT"}).items(), rows, strict=True):
+        found, speeds = results[name], results["examples_per_second"]
+        rate = f"{speeds['teacher' if name == 'teacher' else 'student']:,.0f}"
         size = (str(found["layers"]), f"{found['parameters']:,}", str(found["megabytes"]))
-        assert row[1:4] == size
+        assert row[:5] == (title, *size, rate)
         assert float(row[5]) == pytest.approx(found["score"], abs=0.006)
-        rate = results["examples_per_second"]["teacher" if name == "teacher" else "student"]
-        assert row[4] == f"{rate:,.0f}"
-    assert [results[name].get("updates") for name in names] == [10, None, 10, 23]
-    assert run(files, "evaluate", files / "out/baseline", "--task", task, "--max-length", "24") == 0
+        updates = {"teacher": 10, "baseline": 10, "student": 23}
+        assert found.get("updates") == updates.get(name)
+    cut = ("--max-length", "24")
+    assert run(files, "evaluate", files / "out/baseline", "--task", task, *cut) == 0
     assert f"score {results['baseline']['score']:.2f}" in capsys.readouterr().out
-    options = ("--task", task, "--split", "test", "--max-length", "24")
-    assert run(files, "predict", files / "out", *options) == 0
+    assert run(files, "predict", files / "out", "--task", task, "--split", "test", *cut) == 0
     lines = capsys.readouterr().out.split("\n")
     form = r"\d+\t[0-5]\.\d{3}" if task == "STS-B" else r"\d+\t[01]"  # as the server wants
     assert len(lines) == 15 and all(re.fullmatch(form, line) for line in lines[1:-1])
     command = shlex.split(re.findall(r"^next: python microbert.py (.*)$", shown, flags=re.M)[-1])
-    assert command[:2] == ["predict", str(files / "out")]
-    assert main([*command, "--device", "cpu", "--max-length", "24"]) == 0
+    assert command[:2] == ["predict", str(files / "out")] and main([*command, *cut]) == 0
 
 
 def test_predictions_and_evaluation(files, capsys):
     """Catches shuffled or missing rows, a wrong spelling, a score the checkpoint has not, and
     metrics against placeholder labels (PKD's issues 9 and 11)."""
     assert distil(files, "MNLI") == 0
-    results = results_of(files / "out")
+    score, labels = results_of(files / "out")["student"]["score"], glue.TASKS["MNLI"].labels
     for task, split, count in (("MNLI", "dev", 20), ("MNLI", "test", 7), ("AX", "test", 6),
                                ("MNLI", "test_mismatched", 5)):  # fmt: skip
         where = files / "predictions.tsv"
@@ -229,35 +217,36 @@ def test_predictions_and_evaluation(files, capsys):
         rows = [line.split("\t") for line in where.read_text().split("\n")[:-1]]
         assert rows[0] == ["index", "prediction"]
         assert [row[0] for row in rows[1:]] == [str(i) for i in range(count)]
-        assert {row[1] for row in rows[1:]} <= set(glue.TASKS["MNLI"].labels)
+        assert {row[1] for row in rows[1:]} <= set(labels)
         if split == "dev":
             gold = glue.read("MNLI", files, "dev").labels
-            right = [glue.TASKS["MNLI"].labels[g] == row[1] for g, row in zip(gold, rows[1:])]
-            assert 100 * np.mean(right) == pytest.approx(results["student"]["score"])
+            right = [labels[g] == row[1] for g, row in zip(gold, rows[1:])]
+            assert 100 * np.mean(right) == pytest.approx(score)
     capsys.readouterr()
-    assert run(files, "evaluate", files / "out/student", "--task", "MNLI") == 0
+    evaluate = ("evaluate", files / "out/student", "--max-length", "24", "--task")
+    assert run(files, *evaluate, "MNLI") == 0
     printed = capsys.readouterr().out
-    assert f"{results['student']['score']:.2f}" in printed and "dev_mismatched" in printed
-    options = ("--task", "MNLI", "--split", "dev_mismatched")
-    assert run(files, "evaluate", files / "out/student", *options) == 0
+    assert f"{score:.2f}" in printed and "dev_mismatched" in printed
+    assert run(files, *evaluate, "MNLI", "--split", "dev_mismatched") == 0
     assert "dev_matched" not in capsys.readouterr().out
-    options = ("--task", "AX", "--max-length", "24")
-    refused(capsys, run(files, "evaluate", files / "out", *options), "AX", "predict")
+    refused(capsys, run(files, *evaluate, "AX"), "AX", "predict")
 
 
 def test_a_teacher_once_made_is_reused(files):
-    """Catches a teacher trained again, changed, or not found in the folder of its run."""
+    """Catches a teacher trained again, changed, or not found in the folder of its run, a switch
+    that is not heard, and a limit that samples, or that also cuts dev."""
     made = ("--task", "RTE", "--bert", files / "bert", "--out", files / "made")
     assert run(files, "finetune", *made, "--epochs", "1", "--lr", "1e-3", "--batch-size", "8") == 0
     first = results_of(files / "made")
     assert first["config"]["teacher_epochs"] == 1 and first["config"]["teacher_lr"] == 1e-3
     options = ("--bert", "", "--teacher", files / "made", "--keep-layers", "1,4", "--no-gan")
-    assert distil(files, "RTE", *options, "--no-moe") == 0
+    limit = ("--limit", "10", "--transfer-ratio", "0", "--log-every", "1")
+    assert distil(files, "RTE", *options, "--no-moe", *limit) == 0
     assert results_of(files / "out")["teacher"]["score"] == first["teacher"]["score"]
-    weights = [files / out / "teacher/model.safetensors" for out in ("made", "out")]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
-    terms = {name for event in steps_of(files / "out") for name in event}
-    assert "adv" not in terms and "align" in terms
+    assert len(weights_of(files / "made/teacher", files / "out/teacher")) == 1
+    for event in steps_of(files / "out"):
+        assert event["steps"] == 2 and "adv" not in event and "align" in event
+    assert '"n": 21' in (files / "out/log.jsonl").read_text()
 
 
 def test_the_teacher_is_no_part_of_the_student(files, monkeypatch):
@@ -268,26 +257,15 @@ def test_the_teacher_is_no_part_of_the_student(files, monkeypatch):
     def watched(model, *arguments, **options):
         calls.clear()
         train(model, *arguments, **options)
-        trained.append((model, {id(called) for called in calls}))
-
-    def counted(self, *arguments, **options):
-        calls.append(self)
-        return forward(self, *arguments, **options)
+        trained.append((model, {*calls}))
 
     monkeypatch.setattr(microbert, "train", watched)
-    monkeypatch.setattr(Bert, "forward", counted)
+    monkeypatch.setattr(Bert, "forward", lambda self, *a, **k: (
+        calls.append(self), forward(self, *a, **k))[1])  # fmt: skip
     assert distil(files, "SST-2", "--epochs", "3") == 0
     student, called = trained[-1]
-    assert len(trained) == 2 and called == {id(student)}
+    assert len(trained) == 2 and called == {student}
     assert sum(isinstance(module, Bert) for module in student.modules()) == 1
-
-
-def test_limit_takes_the_first_examples(files):
-    """Catches a limit that samples, or one that also cuts dev."""
-    assert distil(files, "SST-2", "--limit", "10", "--transfer-ratio", "0", "--log-every", "1") == 0
-    assert max(event["steps"] for event in steps_of(files / "out")) == 2
-    events = map(json.loads, (files / "out/log.jsonl").read_text().splitlines())
-    assert {event["n"] for event in events if "n" in event} == {21}
 
 
 # --- data of your own ----------------------------------------------------------------------------
@@ -297,8 +275,7 @@ def own_data(folder, labels, texts=1, counts=(60, 24, 9)):
     """A folder whose rows take these labels in turn; the sentence names its label by its words."""
     rng = random.Random(0)
     for split, count in zip(("train", "dev", "test"), counts):
-        names = ["sentence"] if texts == 1 else ["sentence2", "sentence1"]
-        lines = ["\t".join(["label", "other", *names])]
+        lines = ["label\tother\t" + ("sentence" if texts == 1 else "sentence2\tsentence1")]
         for i in range(count):
             words = [WORDS[i % len(labels) % len(WORDS)]] * 3 + [rng.choice(WORDS)]
             lines.append("\t".join([labels[i % len(labels)], f"x{i}", *[" ".join(words)] * texts]))
@@ -337,25 +314,20 @@ def test_classes_of_your_own(files, capsys, classes, texts):
 def test_scores_of_your_own(files, capsys, center, spread):
     """Catches scores learnt on a scale that only GLUE's 0..5 has, answers on another scale, and a
     teacher whose scores are scaled each time it is distilled."""
-    labels = [str(center + spread * (i - 2)) for i in range(5)]
-    folder = own_data(files / "mine", labels)
+    folder = own_data(files / "mine", [str(center + spread * (i - 2)) for i in range(5)])
     options = ("--regression", "--teacher-epochs", "30", "--epochs", "12", "--teacher-lr", "3e-3")
     assert distil(files, folder, *options) == 0
     assert f"predict {files / 'out'} '" in capsys.readouterr().out
-    results = results_of(files / "out")
     gold = glue.read(glue.own_task(folder, regression=True), "", "dev").labels
     for part in ("teacher", "student"):
-        mean = (results[part]["pearson"] + results[part]["spearman"]) / 2
-        assert results[part]["score"] == pytest.approx(mean)
-        where = files / "p.tsv"
-        code = run(files, "predict", files / "out" / part, "--task", folder, "--out", where)
-        assert code == 0
+        scores, where = results_of(files / "out")[part], files / "p.tsv"
+        assert scores["score"] == pytest.approx((scores["pearson"] + scores["spearman"]) / 2)
+        assert run(files, "predict", files / "out" / part, "--task", folder, "--out", where) == 0
         said = np.array([float(line.split("\t")[1]) for line in where.read_text().splitlines()[1:]])
         assert np.abs(said - gold).mean() < 0.5 * spread  # a constant would be 1.2 spreads off
     again = ("--regression", "--bert", "", "--teacher", files / "out/teacher")
     assert distil(files, folder, *again, out="two") == 0
-    weights = [files / out / "teacher/model.safetensors" for out in ("out", "two")]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert len(weights_of(files / "out/teacher", files / "two/teacher")) == 1
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
@@ -367,35 +339,32 @@ def test_scores_that_float32_cannot_tell_apart(files, capsys, labels):
     assert not (files / "out/log.jsonl").exists()
 
 
-def test_texts_to_predict_stand_anywhere(files, capsys):
-    """Catches a text that is refused because an option came first."""
-    made = str(checkpoint(files, "t", Bert(shape())))
-    said = []
-    one, two, cut = "the cat sat", "a dog ran", ("--max-length", "24")
-    for words in ((one, two, *cut), (*cut, one, two), (one, *cut, two)):
-        assert main(["predict", made, *words]) == 0
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1] == said[2] != ""
-    refused(capsys, main(["predict", made, "--jsn", one]), "--jsn", "--json?")
-
-
-def test_text_is_enough_to_predict(files, capsys):
-    """Catches predict that insists on a label column, or reads the labels of another scheme, and
-    metrics of a split without labels, or whose name is taken for a prefix."""
-    folder = own_data(files / "mine", ["Yes !", "no"])
-    made = checkpoint(files, "t", Bert(shape(labels=("YES_!", "NO"))))
-    options = (made, "--task", folder, "--max-length", "24", "--split")
+def test_what_predict_and_evaluate_ask_for(files, capsys):
+    """Catches a text that is refused because an option came first, predict that insists on a label
+    column, and metrics of a split without labels, of other labels, or with part of a name."""
+    folder, cut = own_data(files / "mine", ["Yes !", "no"]), ("--max-length", "24")
+    made, said = checkpoint(files, "t", labels=("YES_!", "NO")), set()
+    for words in (
+        ("the cat", "a dog", *cut),
+        (*cut, "the cat", "a dog"),
+        ("the cat", *cut, "a dog"),
+    ):
+        assert run(files, "predict", made, *words) == 0
+        said.add(capsys.readouterr().out)
+    assert len(said) == 1 and said != {""}
+    refused(capsys, main(["predict", str(made), "--jsn", "a"]), "--jsn", "--json?")
+    options = (made, "--task", folder, *cut, "--split")
     assert run(files, "evaluate", *options, "test") == 0
-    made = checkpoint(files, "t", Bert(shape(labels=("no", "Yes !"))))
+    checkpoint(files, "t", labels=("no", "Yes !"))
     for name in ("train", "dev"):
         (folder / f"{name}.tsv").unlink()
-    for header, needle in (("label\tsentence\n?\t", "test.tsv:2"), ("sentence\n", "has no labels")):
-        (folder / "test.tsv").write_text(f"{header}the cat\n")
+    for table, *needles in (("label\tsentence\n?\tthe cat\n", "test.tsv:2", "'?'", "Yes !"),
+                            ("sentence\nthe cat\n", "test has no labels", "predict")):  # fmt: skip
+        (folder / "test.tsv").write_text(table)
         capsys.readouterr()
         assert run(files, "predict", *options, "test") == 0
         assert len(capsys.readouterr().out.splitlines()) == 2
-        told = ("'?'", "Yes !") if "?" in header else ("predict",)
-        refused(capsys, run(files, "evaluate", *options, "test"), needle, *told)
+        refused(capsys, run(files, "evaluate", *options, "test"), *needles)
     refused(capsys, run(files, "evaluate", *options, "d"), "no split d")
 
 
@@ -403,42 +372,31 @@ def test_text_is_enough_to_predict(files, capsys):
 def test_transfer_text_is_other_tasks_and_none_of_dev_or_test(files, capsys, name):
     """Catches dev or test sentences that come back from another task's file, own data that is left
     without transfer text, or that stumbles over a label of another task."""
-    own = str(own_data(files / "mine", ["a", "b"]))
-    task, path, held_out = (
-        glue.find_task(name if name != "mine" else own),
-        files / "RTE/train.tsv",
-        [],
-    )
+    folder, path, kept = own_data(files / "mine", ["a", "b"]), files / "RTE/train.tsv", []
+    task = glue.find_task(name if name == "SST-2" else str(folder))
     for split in ("dev", "test"):
-        held_out += glue.read(task, files, split).texts
+        kept += glue.read(task, files, split).texts
     text = path.read_text().replace("not_entailment", "perhaps")
-    path.write_text(f"{text}98\t{held_out[0].upper()}!\ta cat\tentailment\n")
+    path.write_text(f"{text}98\t{kept[0].upper()}!\ta cat\tentailment\n")
     config = DistillConfig(data_dir=str(files), transfer_ratio=20.0)
     texts = microbert.gather_transfer(config, task, glue.read(task, files, "train").texts)
     foreign = data.sentences_of(glue.read("RTE", files, "train", with_labels=False).texts)
     assert len(texts) > 60 and {*foreign} & {*texts}
-    plain = [{re.sub(r"\W", "", text).lower() for text in some} for some in (held_out, texts)]
+    plain = [{re.sub(r"\W", "", text).lower() for text in some} for some in (kept, texts)]
     assert not plain[0] & plain[1]
     assert re.search(r"[1-9]\d* left out", capsys.readouterr().out)
 
 
-PASSES = [(5749, 1, 5), (67_349, 2, 2), (2000, 2, 10), (100_000, 1, 1), (18_340, 2, 2),
-          (42_755, 2, 2), (12, 2, 200), (100, 2, 50)]  # the last of 1 and of 4 steps  # fmt: skip
-
-
 def test_passes_chosen_by_the_number_of_texts():
     """Catches small data trained for a handful of steps or shown once, large data for too many."""
-    for count, least, passes in PASSES:
-        assert microbert.auto_epochs(count, 32, least) == passes
+    chosen = {5749: 5, 67_349: 1, 2000: 10, 100_000: 1, 18_340: 2, 42_755: 1, 12: 200, 100: 50}
+    assert {count: microbert.auto_epochs(count, 32, 1) for count in chosen} == chosen  # 1, 4 steps
+    assert [microbert.auto_epochs(count, 32, 2) for count in (67_349, 42_755)] == [2, 2]
     for count, passes in ((8000, 3), (18_340, 2), (50_000, 2), (50_001, 1)):
         config, labels = DistillConfig(gan=False, device="cpu"), torch.zeros(count)
-        made = {
-            "config": config,
-            "task": glue.TASKS["MRPC"],
-            "encoded": "ten texts.",
-            "labels": labels,
-        }
+        made = {"config": config, "task": glue.TASKS["MRPC"], "encoded": "", "labels": labels}
         cache = microbert.TeacherCache(torch.zeros(0), torch.zeros(1, 2), labels)
+        made["encoded"] = range(10)
         (stage,) = microbert.student_stages(SimpleNamespace(**made), cache, None)
         assert (stage.texts, stage.epochs) == (count, passes)
 
@@ -448,9 +406,7 @@ def test_passes_chosen_by_the_number_of_texts():
 
 def test_an_ignorant_teacher_stops_the_run(files, capsys):
     """Catches a run on a teacher at the majority rate, as in TinyBERT's issue 52."""
-    teacher = Bert(shape(labels=glue.TASKS["SST-2"].labels))
-    torch.nn.init.zeros_(teacher.classifier.weight)
-    made = checkpoint(files, "dull", teacher)
+    made = checkpoint(files, "dull", labels=glue.TASKS["SST-2"].labels, initializer_range=0.0)
     options = ("--task", "SST-2", "--teacher", made, "--out", files / "out", *QUICK)
     refused(capsys, run(files, *options), "52.38", "--force")  # 11 of 21 dev labels are 0
     assert not (files / "out/student").exists()
@@ -458,40 +414,27 @@ def test_an_ignorant_teacher_stops_the_run(files, capsys):
 
 
 def test_labels_in_another_order_are_remapped(files):
-    """Catches a teacher whose classes are taken by position (TinyBERT's issue 229)."""
+    """Catches classes taken by position (TinyBERT's issue 229), or LABEL_10 for LABEL_2."""
     torch.manual_seed(1)
-    wanted = glue.TASKS["MNLI"].labels
-    teacher = Bert(shape(labels=wanted, initializer_range=0.5))
-    turned = Bert(shape(labels=("CONTRADICTION", "Entailment", "neutral")))
+    turned, written = tuple(f"LABEL_{i}" for i in range(11)), set()
+    folder = own_data(files / "mine", wanted := tuple(sorted(turned)))
+    teacher, other = (Bert(shape(labels=l, initializer_range=0.5)) for l in (wanted, turned))
     state = dict(teacher.state_dict())
     for name in ("classifier.weight", "classifier.bias"):
-        state[name] = state[name][[2, 0, 1]]
-    turned.load_state_dict(state)
-    written = []
-    for made in (checkpoint(files, "same", teacher), checkpoint(files, "turned", turned)):
-        assert run(files, "predict", made, "--task", "MNLI", "--out", files / "p.tsv") == 0
-        written.append((files / "p.tsv").read_text())
-    assert written[0] == written[1] and len(set(written[0].split()[3::2])) > 1
-    assert distil(files, "MNLI", "--bert", "", "--teacher", files / "turned") == 0
+        state[name] = state[name][[wanted.index(label) for label in turned]]
+    other.load_state_dict(state)
+    for model in (teacher, other):
+        save_bert(model, files / "t", tokenizer_from=files / "bert")
+        assert run(files, "predict", files / "t", "--task", folder, "--out", files / "p.tsv") == 0
+        written.add((files / "p.tsv").read_text())
+    assert len(written) == 1 and len(set(written.pop().split()[3::2])) > 1
+    assert distil(files, folder, "--bert", "", "--teacher", files / "t") == 0
     assert load_bert(files / "out/student").config.labels == wanted
-
-
-def test_classes_that_are_called_label_are_matched_by_name(files, capsys):
-    """Catches LABEL_10 taken for LABEL_2, since sorted order is not the order of the numbers."""
-    labels = [f"LABEL_{i}" for i in range(11)]
-    folder = own_data(files / "mine", labels)
-    model = Bert(shape(labels=tuple(labels)))
-    torch.nn.init.zeros_(model.classifier.weight)
-    with torch.no_grad():
-        model.classifier.bias[10] = 9.0
-    assert run(files, "predict", checkpoint(files, "t", model), "--task", folder) == 0
-    said = {line.split("\t")[1] for line in capsys.readouterr().out.splitlines()[1:]}
-    assert said == {"LABEL_10"}
 
 
 def test_predictions_do_not_take_the_place_of_data(files, capsys):
     """Catches --out that overwrites the text it predicts, or a link."""
-    made = checkpoint(files, "t", Bert(shape(labels=glue.TASKS["RTE"].labels)))
+    made = checkpoint(files, "t", labels=glue.TASKS["RTE"].labels)
     options = ("predict", made, "--task", "RTE", "--max-length", "24", "--out")
     path = files / "RTE/dev.tsv"
     before = path.read_bytes()
@@ -510,9 +453,9 @@ def test_a_random_head_is_not_scored(files, capsys):
     kept = {name: t for name, t in tensors.items() if not name.startswith("classifier")}
     microbert.write_safetensors(path, kept)
     with warnings.catch_warnings(record=True) as lines:  # which would stand before the error's one
-        code = run(files, "evaluate", files / "bert", "--task", "RTE")
-        refused(capsys, code, "classifier", "--bert")
-        refused(capsys, main(["predict", str(files / "bert"), "a"]), "classifier")
+        for words in (("evaluate", "--task", "RTE"), ("predict", "a")):
+            code = run(files, words[0], files / "bert", *words[1:], "--max-length", "24")
+            refused(capsys, code, "classifier", "--bert")
     assert not lines
 
 
@@ -556,44 +499,48 @@ def test_a_finished_run_is_kept(files, monkeypatch, capsys):
     assert before.items() <= held(out).items()
 
 
-RANGES = {
-    "batch-size": "0 1", "soft-weight": "1.5 0.to.1", "max-length": "2 3",
-    "seed": f"{2**64} 0.to.{2**63 - 1}", "save-every": "0 1", "expert-size": f"{10**12} 1.to.65536",
-    "lr": "inf 0", "clip": "nan 1e-09", "weight-decay": "-1 0", "alignment-weight": "-1 0",
-    "adversarial-weight": "-1 0", "temperature": "1e200 0.001.to.1000", "warmup": "1 0.to.0.99",
-    "transfer-ratio": "1e300 -1.to.1000", "logit-adjustment": "nan -1", "epochs": "-1 0",
-}  # fmt: skip
+BAD = """
+--task RTEE | RTEE | RTE?
+--task MPRC | MPRC | MRPC?
+--task AX --bert b | AX | train
+--task QQP --bert b | QQP/train.tsv | no such file
+--task RTE | --bert
+--task RTE --bert a --teacher b | --bert and --teacher exclude
+--task RTE --bert nowhere | nowhere: no such folder | HF_HUB_OFFLINE
+--layers 5 | 5 student layers | 4
+--keep-layers 3,1 | --keep-layers | 1 to 4
+--keep-layers 0,2 | --keep-layers | 1 to 4
+--keep-layers a | --keep-layers | 2,4,6
+--layers 1 --keep-layers 1,2 | --layers and --keep-layers exclude
+--precision fp8 | --precision | fp8 | bf16
+--device tpu | tpu | cpu
+--device cpu:x | cpu:x | auto
+--tusk toy | --tusk | --task?
+--tempreature=3 | --tempreature=3 | --temperature?
+--lr fast | --lr | 'fast' | --help
+--clip | --clip | --help
+evalute out | no command 'evalute' | evaluate?
+help | no command 'help' (distill,
+evaluate a b | evaluate has no 'b'
+evaluate | checkpoint | --help
+finetune --zzz | finetune has no '--zzz' | --help
+"""
+RANGES = f"""batch-size 0 1 to, soft-weight 1.5 0 to 1, max-length 2 3 to, save-every 0 1 to,
+seed {2**64} 0 to {2**63 - 1}, expert-size 65537 1 to 65536, lr inf 0 to, transfer-ratio inf -1 to,
+clip nan 1e-09 to, clip -1.0 1e-09 to, weight-decay -1.0 0 to, alignment-weight -1.0 0 to, epochs -1
+0 to, adversarial-weight -1.0 0 to, temperature 1e+200 0.001 to 1000, warmup 1.0 0 to 0.99,
+transfer-ratio 1e+300 -1 to 1000, logit-adjustment nan -1 to"""
+for name, value, *told in map(str.split, RANGES.split(",")):
+    BAD += f"--{name}={value} | --{name} is {value}, expected {' '.join(told)}\n"
 
 
-@pytest.mark.parametrize(
-    "arguments, needles",
-    [
-        (["--task", "RTEE"], ["RTEE", "RTE?"]),
-        (["--task", "AX", "--bert", "b"], ["AX has no split 'train'"]),
-        (["--task", "QQP", "--bert", "b"], ["QQP/train.tsv", "no such file"]),
-        (["--task", "RTE"], ["--bert"]),
-        (["--task", "RTE", "--bert", "a", "--teacher", "b"], ["--bert and --teacher exclude"]),
-        (["--task", "RTE", "--bert", "nowhere"], ["nowhere: no such folder", "HF_HUB_OFFLINE"]),
-        (["--layers", "5"], ["5 student layers", "4"]),
-        (["--keep-layers", "3,1"], ["--keep-layers", "1 to 4"]),
-        (["--keep-layers", "0,2"], ["--keep-layers", "1 to 4"]),
-        (["--keep-layers", "a"], ["--keep-layers", "2,4,6"]),
-        (["--layers", "1", "--keep-layers", "1,2"], ["--layers and --keep-layers exclude"]),
-        (["--precision", "fp8"], ["--precision", "fp8", "bf16"]),
-        (["--device", "tpu"], ["tpu", "cpu"]),
-        (["--device", "cpu:x"], ["cpu:x", "auto"]),
-        *[([f"--{name}={told.split()[0]}"], [f"--{name} is", told.split()[0][:1],
-           f"expected {told.split()[1].replace('.to.', ' to ')}"])
-          for name, told in RANGES.items()],
-    ],
-)  # fmt: skip
-def test_bad_options_end_in_one_line(files, capsys, arguments, needles):
-    """Catches a traceback, and hours of training before a mistake is noticed."""
-    if arguments[0] != "--task":
-        arguments = ["--task", "RTE", "--bert", str(files / "bert"), *arguments]
-    code = main([*arguments, "--data-dir", str(files), "--out", str(files / "out")])
-    refused(capsys, code, *needles)
-    assert not (files / "out").exists()
+@pytest.mark.parametrize("case", BAD.strip().split("\n"))
+def test_bad_options_end_in_one_line(files, capsys, case):
+    """Catches a traceback or a page of usage, and hours of training before a mistake is noticed."""
+    words, *needles = case.split(" | ")
+    given = ["--task", "RTE", "--bert", str(files / "bert"), "--data-dir", str(files)]
+    given = given[4 * words.startswith("--task") :] if words.startswith("--") else []
+    refused(capsys, main([*given, *words.split()]), *needles)
 
 
 def test_bad_data_is_noticed_before_training(files, capsys):
@@ -603,26 +550,31 @@ def test_bad_data_is_noticed_before_training(files, capsys):
     refused(capsys, distil(files, "RTE"), f"{path}:23", "'maybe'", "not_entailment")
     (files / "MNLI/dev_mismatched.tsv").unlink()
     refused(capsys, distil(files, "MNLI"), "MNLI/dev_mismatched.tsv", "no such file")
+    refused(capsys, distil(files, "SST-2", "--layers", "9"), "9 student layers")
     assert not (files / "out").exists()
 
 
 @pytest.mark.parametrize("part, given", [("teacher", "out/teacher"), ("student", "bert")])
 def test_a_checkpoint_of_no_run_is_kept(files, capsys, part, given):
     """Catches a pre-trained BERT, or somebody's student, that --out replaces without a word."""
-    before = checkpoint(files, f"out/{part}", load_bert(files / "bert"))
-    first, told = held(files / "out"), "--out" if part == "teacher" else "--overwrite"
-    refused(capsys, distil(files, "SST-2", "--bert", files / given), before, told)
-    assert held(files / "out") == first
+    place = checkpoint(files, f"out/{part}")
+    before, told = held(files / "out"), "--out" if part == "teacher" else "--overwrite"
+    refused(capsys, distil(files, "SST-2", "--bert", files / given), place, told)
+    assert held(files / "out") == before
     assert distil(files, "SST-2", "--overwrite") == 0
 
 
-@pytest.mark.parametrize("name", ["cola", "Co-LA", "mrpc", "sts_b", "STSB", "sst2"])
-def test_a_task_spelled_otherwise_has_its_defaults(name):
+@pytest.mark.parametrize(
+    "name, official",
+    [("cola", "CoLA"), ("Co-LA", "CoLA"), ("mrpc", "MRPC"), ("sts_b", "STS-B"), ("sst2", "SST-2")],
+)
+def test_a_task_spelled_otherwise_has_its_defaults(name, official):
     """Catches settings of a task that are those of no task where its name is spelled otherwise."""
-    official = {"cola": "CoLA", "mrpc": "MRPC", "stsb": "STS-B", "sst2": "SST-2"}
-    plain = name.lower().replace("-", "").replace("_", "")
-    own, other = (microbert.settle(DistillConfig(task=n)) for n in (official[plain], name))
-    assert own == other and microbert.RECIPES[own.task].items() <= vars(own).items()
+    own, other = (microbert.settle(DistillConfig(task=n)) for n in (official, name))
+    assert own == other and microbert.RECIPES[official].items() <= vars(own).items()
+    balanced = (1, 3) if official == "CoLA" else (0, 0)
+    assert (own.logit_adjustment, own.label_epochs) == balanced
+    assert microbert.settle(DistillConfig(task=name, label_epochs=0)).label_epochs == 0
 
 
 @pytest.mark.parametrize("tau", [1.0, -1.0])
@@ -642,30 +594,6 @@ def test_every_loss_of_labels_is_adjusted(files, monkeypatch, tau):
         assert all(bool(offset.any()) == (tau > 0) for offset in found)
     asked = microbert.parse(["finetune", "--task", "SST-2", "--logit-adjustment", "2"])[1]
     assert asked.logit_adjustment == 2
-    for task, adjusted, epochs in (("CoLA", 1, 3), ("MRPC", 0, 0)):
-        settled = microbert.settle(DistillConfig(task=task))
-        assert (settled.logit_adjustment, settled.label_epochs) == (adjusted, epochs)
-    assert microbert.settle(DistillConfig(task="CoLA", label_epochs=0)).label_epochs == 0
-
-
-@pytest.mark.parametrize(
-    "arguments, needles",
-    [
-        (["evalute", "out"], ["no command 'evalute'", "evaluate?"]),
-        (["--tusk", "toy"], ["--tusk", "--task?"]),
-        (["--tempreature=3"], ["--tempreature=3", "--temperature?"]),
-        (["help"], ["no command 'help' (distill, "]),
-        (["finetune", "--zzz"], ["finetune has no '--zzz'", "--help"]),
-        (["evaluate", "a", "b"], ["evaluate has no 'b'"]),
-        (["--task", "MPRC"], ["MPRC", "MRPC?"]),
-        (["--lr", "fast"], ["--lr", "'fast'", "--help"]),  # the others are argparse's own errors
-        (["evaluate"], ["checkpoint", "--help"]),
-        (["--seed"], ["--seed", "--help"]),
-    ],
-)
-def test_what_is_mistyped_names_the_nearest(capsys, arguments, needles):
-    """Catches a page of usage in place of one line."""
-    refused(capsys, main(arguments), *needles)
 
 
 def test_a_terminal_has_a_live_line(files, monkeypatch, capsys):
@@ -680,9 +608,7 @@ def test_a_terminal_has_a_live_line(files, monkeypatch, capsys):
     assert [piece.split()[:2] for piece in pieces] == [["student", f"{i}/8"] for i in range(1, 9)]
     assert {len(piece) for piece in pieces[:-1]} == {79}
     for piece in pieces:
-        assert "eta" in piece and all(
-            re.search(rf"{name} \d+\.\d\d", piece) for name in ("hard", "soft", "align", "adv")
-        )
+        assert "eta" in piece and re.search(r"hard \d.*soft \d.*align \d.*adv \d\.\d\d", piece)
     assert "loss" in pieces[-1] and "lr" in pieces[-1]
     assert [line for line in lines if line.startswith("\rcache") and line.rstrip().endswith("0:00")]
     assert [event["step"] for event in steps_of(files / "out")] == [5, 8]
@@ -705,8 +631,7 @@ def test_speeds_are_texts_per_second(monkeypatch):
     ticks = iter([0, 2, 10, 14, 20, 21, 30, 34, 40, 42, 50, 54])  # 2, 4, 1, 4, 2 and 4 seconds
     monkeypatch.setattr(microbert.time, "perf_counter", lambda: next(ticks))
     monkeypatch.setattr(microbert, "predict_logits", lambda *_: None)
-    encoded = data.Encoded(np.zeros(8), np.zeros(8), np.arange(9))
-    monkeypatch.setattr(microbert.data, "encode", lambda *_: encoded)
+    monkeypatch.setattr(data, "encode", lambda *_: range(8))
     made = SimpleNamespace(config=DistillConfig(), tokenizer=None, dev=glue.Examples([], None))
     assert microbert.examples_per_second([None, None], made) == [8.0, 2.0]
     assert microbert.eta(left=90, rate=2.0) == "0:45" and microbert.eta(150, 0.5) == "5:00"
@@ -733,13 +658,14 @@ def test_help_speaks_of_every_option(capsys):
     for command in ("distill", "finetune", "ablate", "evaluate", "predict"):
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
-        shown[command] = capsys.readouterr().out
-        assert stop.value.code == 0 and "--task" in shown[command]
-        assert ("--soft-weight" in shown[command]) == (command in ("distill", "ablate"))
-        assert f"python microbert.py {command} " in shown[command]  # an example
-        assert ("[dev]" in shown[command]) == (command in ("evaluate", "predict"))  # defaults
-        assert max(map(len, shown[command].splitlines())) <= 100
-    others = {"seeds": "ablate", "rows": "ablate", "checkpoint": "evaluate", "split": "evaluate"}
+        page = shown[command] = capsys.readouterr().out
+        assert stop.value.code == 0 and "--task" in page
+        assert ("--soft-weight" in page) == (command in ("distill", "ablate"))
+        assert f"python microbert.py {command} " in page  # an example
+        assert ("[dev]" in page) == (command in ("evaluate", "predict"))  # defaults
+        assert max(map(len, page.splitlines())) <= 100
+    others = dict(zip("seeds rows checkpoint split".split(), ("ablate evaluate").split() * 2))
+    others |= {"rows": "ablate", "checkpoint": "evaluate"}
     others |= dict.fromkeys(("text", "file", "json"), "predict")
     for field in fields(DistillConfig):
         told = shown[others.get(field.name, "distill")]
@@ -759,9 +685,8 @@ def test_help_speaks_of_every_option(capsys):
 @slow
 def test_the_built_in_task_shows_the_method(root, tmp_path):
     """Catches a built-in task that pruning does not hurt, or distillation does not repair."""
-    done = subprocess.run(
-        [sys.executable, root / "microbert.py"], cwd=tmp_path, capture_output=True, text=True
-    )
+    command = [sys.executable, root / "microbert.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and "of teacher" in done.stdout
     found = results_of(tmp_path / "out")
     names = ("teacher", "pruned", "student", "baseline")
@@ -773,14 +698,14 @@ def test_the_built_in_task_shows_the_method(root, tmp_path):
 def test_the_built_in_task_runs(tmp_path, monkeypatch, capsys):
     """Catches a first command that does not get to its end; the slow test looks at its scores."""
     monkeypatch.chdir(tmp_path)
-    quick = ["--teacher-epochs", "1", "--epochs", "1", "--limit", "64", "--transfer-ratio", "2"]
+    examples = data.toy_examples
+    monkeypatch.setattr(data, "toy_examples", lambda split: [p[:64] for p in examples(split)])
+    quick = ["--teacher-epochs", "1", "--epochs", "1", "--limit", "32", "--transfer-ratio", "1"]
     assert main([*quick, "--force", "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
     assert "example 1: [CLS] " in shown and re.search("fine-tuned only +2 +[1-9]", shown)
-    assert {path.name for path in (tmp_path / "out/toy").iterdir()} >= {
-        "train.tsv", "dev.tsv", "test.tsv", "unlabelled.txt", "vocab.txt", "config.json",
-        "model.safetensors",
-    }  # fmt: skip
+    made = "train.tsv dev.tsv test.tsv unlabelled.txt vocab.txt config.json model.safetensors"
+    assert {path.name for path in (tmp_path / "out/toy").iterdir()} >= {*made.split()}
     assert main(["evaluate", "out"]) == 0
     score = results_of(tmp_path / "out")["student"]["score"]
     assert f"score {score:.2f}" in capsys.readouterr().out

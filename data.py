@@ -234,10 +234,10 @@ def toy_examples(split: str) -> tuple[list[str], np.ndarray]:
     The two clauses always disagree and the main one decides: the second after `but` or a leading
     `although`, the first before a trailing `although`; `not` turns its adjective. Every sentence
     comes with its mirror, clauses exchanged, same words, other label: a bag of words scores 50 %.
-    train has 200, dev and test 1,000 each, unlabelled 6,000; pretraining, of the task's BERT, 6,000
+    train has 80, dev and test 1,000 each, unlabelled 6,000; pretraining, of the task's BERT, 6,000
     and 2,000 single clauses. No sentence is in two splits.
     """
-    sizes = {"train": 200, "dev": 1000, "test": 1000, "unlabelled": 6000, "pretraining": 6000}
+    sizes = {"train": 80, "dev": 1000, "test": 1000, "unlabelled": 6000, "pretraining": 6000}
     if split not in sizes:
         raise ValueError(f"toy has no split '{split}'; it has {', '.join(sizes)}")
     rng, count = random.Random(0), sum(sizes.values())

@@ -54,7 +54,7 @@ class Examples(NamedTuple):
     """A split in file order; texts are what `tokenizers` takes as a batch."""
 
     texts: list[Any]  # n sentences, or n (first, second) pairs
-    labels: np.ndarray | None  # (n,) int64 class ids or float64 scores; None where there are none
+    labels: Any  # (n,) int64 class ids or float64 scores; None where there are none
 
 
 _ONE = ("sentence",)

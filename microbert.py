@@ -555,7 +555,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "MRPC": {"teacher_lr": 1e-4, "teacher_epochs": 5},
     "SST-2": {"teacher_epochs": 2},
     "STS-B": {"teacher_lr": 2e-4, "teacher_epochs": 4},
-    "toy": {"lr": 1e-3, "teacher_lr": 5e-4, "transfer_ratio": 30.0},
+    "toy": {"epochs": 6, "lr": 1e-3, "teacher_lr": 5e-4, "transfer_ratio": 75.0},
 }
 
 

@@ -295,11 +295,11 @@ def test_transfer_texts_are_as_long_as_the_tasks_own():
 PRAISE = """good warm fresh clean gentle honest lovely bright clever quick brave tidy charming tasty
 pleasant calm""".split()
 DRAWN = {
-    "train": 1273587191,
-    "dev": 2925312191,
-    "test": 4102061529,
-    "unlabelled": 2503101945,
-    "pretraining": 3691884367,
+    "train": 734248104,
+    "dev": 1359161590,
+    "test": 2483781594,
+    "unlabelled": 2626446006,
+    "pretraining": 3447279627,
 }
 SPLITS = {split: data.toy_examples(split) for split in DRAWN}
 
@@ -319,9 +319,9 @@ def parse(text):
 
 def test_toy_task_follows_its_rule():
     """Catches wrong labels, leaks between splits or into the words, a draw that changes."""
-    assert len({text for texts, _ in SPLITS.values() for text in texts}) == 16_200
+    assert len({text for texts, _ in SPLITS.values() for text in texts}) == 16_080
     sizes = [len(texts) for texts, _ in SPLITS.values()]
-    assert sizes == [200, 1000, 1000, 6000, 8000]
+    assert sizes == [80, 1000, 1000, 6000, 8000]
     for split, (texts, labels) in SPLITS.items():
         clauses = [parse(text) for text in texts]
         single = 2000 if split == "pretraining" else 0

@@ -919,13 +919,14 @@ def toy(config: DistillConfig, folder: Path) -> DistillConfig:
         write_file(folder / name, content.encode())
     barrier()
     if not (config.bert or config.teacher or (folder / "config.json").exists()):
-        print(f"{folder}: the built-in task, its BERT is pre-trained first", flush=True)
         texts, labels = data.toy_examples("pretraining")
         encoded, plain = data.encode(data.load_tokenizer(folder), texts), replace(config, seed=0)
         objective = of_labels(torch.from_numpy(labels).float(), 2, plain)
         torch.manual_seed(0)
         bert = Bert(BertConfig(vocab_size=len(data.toy_vocabulary()), **_TOY_BERT))
-        train(bert, encoded, objective, plain, Log(None, 10**9), epochs=8, lr=1e-3)
+        log = Log(None, 10**9)
+        with log.timed("pretrain", f"the built-in task's BERT, once, into {folder}"):
+            train(bert, encoded, objective, plain, log, epochs=8, lr=1e-3)
         save_bert(bert, folder)
     barrier()
     given = "" if config.teacher else config.bert or str(folder)

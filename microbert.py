@@ -1881,37 +1881,27 @@ class Log:
         if dist.is_initialized():
             dist.all_reduce(values)
         numbers = dict(zip(terms, (values / process()[1]).tolist()))
-        loss, left = sum(numbers.values()), eta((steps - step) * size, rate)
         if kept:
-            told = {"loss": loss, **numbers, "lr": lr, "examples_per_second": rate}
+            told = {"loss": sum(numbers.values()), **numbers, "lr": lr, "examples_per_second": rate}
             self.write(step=step, steps=steps, **told)
-        line = f"{self.phase} {step:5d}/{steps} | {rate:.0f} ex/s | eta {left} | loss {loss:.4f} = "
-        line += " + ".join(f"{name} {number:.4f}" for name, number in numbers.items())
-        short = f"{self.phase} {step}/{steps} {rate:.0f}/s eta {left} | "  # fits 80 columns
-        short += " ".join(f"{name} {number:.2f}" for name, number in numbers.items())
-        self.show(f"{line} | lr {lr:.2e}", step == steps, short)
+        shown = " ".join(f"{name} {number:.3f}" for name, number in numbers.items())
+        self.show(step, steps, (steps - step) * size, rate, shown)
 
     def count(self, done: int, total: int, started: float) -> None:
         """How many of the texts are done, now and then; started: perf_counter at the first."""
         if done >= total or self.due(30):
             rate = done / (time.perf_counter() - started)
-            line = f"{self.phase} {done:7,}/{total:,} | {rate:.0f} ex/s"
-            self.show(f"{line} | eta {eta(total - done, rate)}", done >= total, line)
+            self.show(done, total, total - done, rate, "texts")
 
-    def show(self, line: str, last: bool, short: str) -> None:
-        """A line; on a terminal the next one takes its place, unless it is the last."""
-        width = shutil.get_terminal_size().columns - 1
+    def show(self, done: int, total: int, left: int, rate: float, what: str) -> None:
+        """A line of 80 columns; on a terminal the next takes its place, unless it is the last."""
+        minutes, seconds = divmod(round(left / rate), 60)
+        line = f"{self.phase} {done:5}/{total} {rate:.0f}/s eta {minutes}:{seconds:02d} | {what}"
         if self.live:
-            line = line if last or len(line) <= width else short[:width]
-            line = "\r" + line.ljust(width)
-        self.shown, self.open = time.perf_counter(), self.live and not last
+            width = shutil.get_terminal_size().columns - 1
+            line = "\r" + line[:width].ljust(width)
+        self.shown, self.open = time.perf_counter(), self.live and done < total
         print(line, end="" if self.open else "\n", flush=True)
-
-
-def eta(left: float, rate: float) -> str:
-    """Minutes and seconds for what is left, at this rate per second."""
-    seconds = round(left / rate)
-    return f"{seconds // 60}:{seconds % 60:02d}"
 
 
 # --- the machine: device, precision, processes, and what saves time on a CPU ---------------------

@@ -613,8 +613,7 @@ def test_a_terminal_has_a_live_line(files, monkeypatch, capsys):
     assert {len(piece) for piece in pieces[:-1]} == {79}
     for piece in pieces:
         assert "eta" in piece and re.search(r"hard \d.*soft \d.*align \d.*adv \d\.\d\d", piece)
-    assert "loss" in pieces[-1] and "lr" in pieces[-1]
-    assert [line for line in lines if line.startswith("\rcache") and line.rstrip().endswith("0:00")]
+    assert [line for line in lines if re.match(r"\rcache .*eta 0:00 \| texts *$", line)]
     assert [event["step"] for event in steps_of(files / "out")] == [5, 8]
     seen, hard_loss = [], microbert.hard_loss
 
@@ -627,7 +626,7 @@ def test_a_terminal_has_a_live_line(files, monkeypatch, capsys):
     assert distil(files, "SST-2", out="other") == 2
     shown = capsys.readouterr().out
     assert [len(piece) for piece in shown.split("\r")[1:]] == [39, 40]  # with the line's end
-    assert "\rteacher 2/5" in shown and shown.endswith("\n")
+    assert "\rteacher     2/5" in shown and shown.endswith("\n")
 
 
 def test_speeds_are_texts_per_second(monkeypatch):
@@ -638,7 +637,13 @@ def test_speeds_are_texts_per_second(monkeypatch):
     monkeypatch.setattr(data, "encode", lambda *_: range(8))
     made = SimpleNamespace(config=DistillConfig(), tokenizer=None, dev=glue.Examples([], None))
     assert microbert.examples_per_second([None, None], made) == [8.0, 2.0]
-    assert microbert.eta(left=90, rate=2.0) == "0:45" and microbert.eta(150, 0.5) == "5:00"
+
+
+def test_what_is_left_is_told_in_minutes(capsys):
+    """Catches a rate that is multiplied, and seconds beyond 59."""
+    for left, rate in ((90, 2.0), (150, 0.5)):
+        microbert.Log(None).show(1, 9, left, rate, "texts")
+    assert [line.split()[4] for line in capsys.readouterr().out.splitlines()] == ["0:45", "5:00"]
 
 
 def test_a_folder_without_a_student_says_what_it_has(files, capsys):

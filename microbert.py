@@ -596,7 +596,7 @@ class Distillation:
             self.discriminator = Discriminator(fused + classes).to(device)
             self.in_parallel = in_parallel(self.discriminator)
             parameters = self.discriminator.parameters()
-            self.optimizer = torch.optim.Adam(parameters, lr=2e-4, betas=(0.5, 0.999))
+            self.optimizer = torch.optim.Adam(parameters, lr=2e-4, betas=(0.5, 0.999), fused=True)
             self.stateful = {"discriminator": self.discriminator, "its optimizer": self.optimizer}
 
     def __call__(
@@ -604,15 +604,15 @@ class Distillation:
     ) -> dict[str, Tensor]:
         """output of the student for these rows of the cache; progress 0..1 through the training."""
         config, device = self.config, output.logits.device
-        logits, labels = output.logits.float(), self.cache.labels[rows].to(device)
-        target = self.cache.logits[rows].to(device)  # (B, C)
+        logits, labels = output.logits.float(), ship(self.cache.labels[rows], device)
+        target = ship(self.cache.logits[rows], device)  # (B, C)
         terms = {"hard": (1 - self.soft_weight) * hard_loss(logits, labels, self.offset)}
         if config.soft:
             terms["soft"] = self.soft_weight * soft_loss(logits, target, config.temperature)
         if not (config.fal or config.gan):
             return terms
         student = sentence_features(output.hidden_states[1:], attention_mask)  # (B, K, E, H)
-        teacher = self.cache.features[rows].to(device).float()  # (B, K, E, H)
+        teacher = ship(self.cache.features[rows], device).float()  # (B, K, E, H)
         if config.fal:
             weight = config.alignment_weight
             terms["align"] = weight * alignment_loss(student, teacher, self.experts)
@@ -647,7 +647,7 @@ def of_labels(labels: Tensor, classes: int, config: DistillConfig) -> Objective:
     def objective(
         output: BertOutput, attention_mask: Tensor, rows: Tensor, progress: float
     ) -> dict[str, Tensor]:
-        known = labels[rows].to(output.logits.device)
+        known = ship(labels[rows], output.logits.device)
         return {"hard": hard_loss(output.logits.float(), known, offset)}
 
     return objective
@@ -676,11 +676,12 @@ def train(
     device, (rank, processes), size = resolve_device(config.device), process(), config.batch_size
     optimizer = adamw(model.to(device).train(), lr, config.weight_decay)
     parts = {"model": model, "optimizer": optimizer, **getattr(objective, "stateful", {})}
-    batches: list[np.ndarray] = []
-    for epoch in range(epochs):
-        batches += data.bucketed_batches(encoded.lengths, size, seed=config.seed, epoch=epoch)
+    drawn = (data.bucketed_batches(encoded.lengths, size, seed=config.seed, epoch=epoch)
+             for epoch in range(epochs))  # fmt: skip
+    batches = [rows for epoch in drawn for rows in epoch]
     done = log.goes_on(load_state(state, **parts)) if state else 0
     forward, started = in_parallel(model), time.perf_counter()
+    broken = torch.zeros((), device=device)  # steps since a loss or gradient was not finite
     for step, rows in enumerate(batches[done:], done + 1):
         torch.manual_seed(zlib.crc32(f"{config.seed} {rank} {step}".encode()))  # dropout's
         progress = (step - 1) / len(batches)
@@ -691,25 +692,42 @@ def train(
         with autocast(config), training_attention(device):
             output = forward(**batch)
         terms = objective(output, batch["attention_mask"], torch.from_numpy(rows), progress)
-        torch.stack([*terms.values()]).sum().backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        refuse_not_finite(terms, norm, f"{log.phase} step {step}")
-        optimizer.step()
-        optimizer.zero_grad()
+        norm = update(model, optimizer, terms, config.clip, broken)
+        kept = step % config.save_every == 0 or step == len(batches)
+        if device.type != "cuda" or kept or step % config.log_every == 0:  # a GPU is not waited for
+            refuse_not_finite(int(broken), terms, norm, f"{log.phase} step {step}")
         speed = size * (step - done) / (time.perf_counter() - started)
         log.step(step, len(batches), terms, optimizer.param_groups[0]["lr"], speed, size)
-        if state and (step % config.save_every == 0 or step == len(batches)):
+        if state and kept:
             save_state(state, **parts, step=step, seconds=log.so_far())
     model.eval()
 
 
-def refuse_not_finite(terms: dict[str, Tensor], norm: Tensor, where: str) -> None:
-    """Raises ValueError with the terms of a loss where it or its gradient's norm is not finite."""
+def update(
+    model: Bert, optimizer: torch.optim.Optimizer, terms: dict[str, Tensor], clip: float,
+    broken: Tensor,
+) -> Tensor:  # fmt: skip
+    """Moves the weights down the gradient of the terms' sum; returns the gradient's norm, ().
+
+    broken: counts the steps since a loss or gradient was not finite; no such step moves a weight.
+    """
     loss = torch.stack([*terms.values()]).sum()
-    if not (loss + norm).isfinite():
-        shown = ", ".join(f"{name} {term.item():g}" for name, term in terms.items())
-        told = f"the loss is {loss.item():g} ({shown}), its gradient's norm {norm.item():g}"
-        raise ValueError(f"{where}: {told}; lower the learning rate")
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    broken += (broken > 0) | ~(loss + norm).isfinite()
+    optimizer.found_inf = broken.clamp(max=1)  # type: ignore[attr-defined]  # read by its kernel
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def refuse_not_finite(steps: int, terms: dict[str, Tensor], norm: Tensor, where: str) -> None:
+    """Raises ValueError with the terms of a loss, if one or its gradient was not finite of late."""
+    if steps:
+        shown = " + ".join(f"{name} {term.item():g}" for name, term in terms.items())
+        since = f" (and {steps - 1} before it)" if steps > 1 else ""
+        told = f"loss or gradient not finite: {shown}, gradient's norm {norm.item():g}"
+        raise ValueError(f"{where}{since}: {told}; lower the learning rate")
 
 
 def schedule(progress: float, warmup: float) -> float:
@@ -1931,6 +1949,13 @@ def autocast(config: DistillConfig) -> torch.autocast:
     return torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16")
 
 
+def ship(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; a GPU is not waited for."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def process() -> tuple[int, int]:
     """This process's rank, and how many train together: 0 and 1 without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -1956,14 +1981,15 @@ def gather(rows: Tensor, config: DistillConfig) -> Tensor:
 
 
 def join_processes(config: DistillConfig) -> DistillConfig:
-    """Under torchrun, makes this one of its processes, each with a GPU of its own or on the CPU."""
+    """Under torchrun, makes this one of its processes, each with a GPU, if there is one."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         return config
     device = resolve_device(config.device).type
+    own = int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count()
     if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    dist.init_process_group("nccl" if device != "cpu" and own else "gloo")
     if process()[0]:  # what the first one prints is what all would
         sys.stdout = open(os.devnull, "w")
     return replace(config, device=device)
@@ -2017,9 +2043,10 @@ def only_seen_words(model: Bert, encoded: "data.Encoded") -> Iterator["data.Enco
     try:
         yield replace(encoded, ids=ids.astype(np.int32))
     finally:
-        with torch.no_grad():
-            whole[rows] = some.to(whole.device)
-        model.word_embeddings.weight = whole.to(some.device)
+        some = model.word_embeddings.weight  # on another device by now, perhaps
+        table = whole.detach().to(some.device)
+        table[rows.to(some.device)] = some.detach()
+        model.word_embeddings.weight = nn.Parameter(table, requires_grad=whole.requires_grad)
 
 
 # --- command line --------------------------------------------------------------------------------

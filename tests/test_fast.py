@@ -96,8 +96,19 @@ def test_a_frozen_or_interrupted_table_stays_whole():
     with pytest.raises(KeyboardInterrupt), microbert.only_seen_words(model, encoded) as seen:
         assert len(model.word_embeddings.weight) < 25
         microbert.train(model, seen, objective, config, Quiet(), epochs=3, lr=1e-2)
-    assert model.word_embeddings.weight is table and torch.equal(table, before)
-    assert not table.requires_grad and model(torch.tensor([[TINY.vocab_size - 1]])).logits.shape
+    table = model.word_embeddings.weight
+    assert torch.equal(table, before) and not table.requires_grad
+    assert model(torch.tensor([[TINY.vocab_size - 1]])).logits.shape
+
+
+def test_the_table_comes_back_where_the_model_is():
+    """Catches a model that moved to a GPU in training, and a table that stayed behind."""
+    model, encoded = Bert(TINY), texts(50, words=25)
+    with microbert.only_seen_words(model, encoded):
+        model.to("meta")  # stands for a GPU: as there, no tensor of the CPU's fits
+    table = model.word_embeddings.weight
+    assert isinstance(table, torch.nn.Parameter) and table.device.type == "meta"
+    assert len(table) == TINY.vocab_size
 
 
 @pytest.mark.parametrize(

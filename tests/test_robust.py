@@ -444,6 +444,22 @@ def test_a_file_that_vanishes(files, whole, monkeypatch, capsys):
     same_end(whole, files / "out")
 
 
+def test_steps_that_are_not_finite_move_nothing():
+    """Catches a GPU, which is asked only now and then, that trains on after an infinite loss."""
+    torch.manual_seed(0)
+    model, broken, ends = Bert(shape()), torch.zeros(()), []
+    optimizer = microbert.adamw(model, 1e-3, 0.01)
+    for scale in (1.0, torch.inf, 1.0, 1.0):
+        terms = {"hard": scale * model(torch.tensor([[1, 2]])).logits.square().sum()}
+        norm = microbert.update(model, optimizer, terms, 1.0, broken)
+        ends.append([parameter.clone() for parameter in model.parameters()])
+    assert all(torch.equal(*pair) for end in ends[1:] for pair in zip(ends[0], end))
+    with pytest.raises(
+        ValueError, match=r"step 4 \(and 2 before it\): loss or gradient not finite"
+    ):
+        microbert.refuse_not_finite(int(broken), terms, norm, "step 4")
+
+
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_not_a_number(files, monkeypatch, capsys, kind):
     """Catches weights moved by NaN, and one noticed only where the log is printed."""

@@ -36,7 +36,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -689,7 +689,7 @@ def train(
             group["lr"] = lr * schedule(progress, config.warmup)
         rows = rows[rank::processes] if len(rows) >= processes else rows
         batch = data.collate(encoded, rows, device)
-        with autocast(config), training_attention(device):
+        with autocast(config), attention_kernel(device, training=True):
             output = forward(**batch)
         terms = objective(output, batch["attention_mask"], torch.from_numpy(rows), progress)
         norm = update(model, optimizer, terms, config.clip, broken)
@@ -1127,7 +1127,7 @@ def run_batches(
     room = 2048 if device.type == "cpu" else 32_768  # tokens: caches are small
     for rows in islice(data.sorted_batches(encoded.lengths, room), part, None, parts):
         batch = data.collate(encoded, rows, device)
-        with autocast(config):
+        with autocast(config), attention_kernel(device, training=False):
             output = model(**batch)
         yield torch.from_numpy(rows), batch["attention_mask"], output
 
@@ -2023,9 +2023,14 @@ def checksum(*things: Any) -> int:
     return crc
 
 
-def training_attention(device: torch.device) -> AbstractContextManager[None]:
-    """The plain formula on a CPU, where torch's own choice takes a third longer to train with."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+def attention_kernel(device: torch.device, training: bool) -> AbstractContextManager[None]:
+    """Which of torch's ways to compute attention may be taken.
+
+    To train on a CPU the plain formula: the others take a third longer. On a GPU all but cuDNN's,
+    whose gradients under a mask can be wrong (https://github.com/pytorch/pytorch/issues/196678).
+    """
+    plain, others = SDPBackend.MATH, [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    return sdpa_kernel(plain if training and device.type == "cpu" else [plain, *others])
 
 
 @contextmanager

@@ -32,8 +32,7 @@ def test_attention_of_training_equals_that_of_answering(padded):
     mask[0, 4:] = mask[1, 7:] = 0
     for training in (True, False):
         model.train(training).zero_grad()
-        kernel = microbert.training_attention(torch.device("cpu"))
-        with kernel if training else nullcontext():
+        with microbert.attention_kernel(torch.device("cpu"), training):
             output = model(ids, mask if padded else None)
         (output.logits.sum() + output.hidden_states[-1][:, 0].square().sum()).backward()
         found.append([output.logits, *(p.grad for p in model.parameters())])

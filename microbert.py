@@ -557,7 +557,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     "MRPC": {"teacher_lr": 1e-4, "teacher_epochs": 5},
     "SST-2": {"teacher_epochs": 2},
     "STS-B": {"teacher_lr": 2e-4, "teacher_epochs": 4},
-    "toy": {"epochs": 6, "lr": 1e-3, "teacher_lr": 5e-4, "transfer_ratio": 75.0},
+    "toy": {
+        "epochs": 6,
+        "lr": 1e-3,
+        "teacher_lr": 5e-4,
+        "transfer_ratio": 75.0,
+        "device": "cpu",
+    },  # faster than a GPU on a model that small
 }
 
 
@@ -917,16 +923,15 @@ def settle(config: DistillConfig) -> DistillConfig:
     recipe = RECIPES[""] | RECIPES.get(config.task, {})
     if config.limit:  # passes depend on how much there is
         recipe.pop("teacher_epochs", None)
-    if config.keep_layers:
-        recipe.pop("layers", None)
-    if config.precision == "auto":
-        fast = not config.checkpoint and has_fast_bf16(resolve_device(config.device))
-        recipe["precision"] = "bf16" if fast else "fp32"  # to answer, fp32
-    resolve_device(config.device)
+    left = [name for name in recipe if getattr(config, name) == getattr(DistillConfig, name)]
+    config = replace(config, **{name: recipe[name] for name in left})
+    device = resolve_device(config.device)
+    if config.precision == "auto":  # to answer, fp32
+        fast = not config.checkpoint and has_fast_bf16(device)
+        config = replace(config, precision="bf16" if fast else "fp32")
     if config.transfer and not Path(config.transfer).is_file():
         raise FileNotFoundError(f"--transfer {config.transfer}: no such file (--transfer-ratio?)")
-    left = [name for name in recipe if getattr(config, name) == getattr(DistillConfig, name)]
-    return replace(config, **{name: recipe[name] for name in left})
+    return config
 
 
 def toy(config: DistillConfig, folder: Path) -> DistillConfig:

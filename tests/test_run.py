@@ -579,6 +579,7 @@ def test_a_task_spelled_otherwise_has_its_defaults(name, official):
     balanced = (1, 3) if official == "CoLA" else (0, 0)
     assert (own.logit_adjustment, own.label_epochs) == balanced
     assert microbert.settle(DistillConfig(task=name, label_epochs=0)).label_epochs == 0
+    assert (own.device, microbert.settle(DistillConfig()).device) == ("auto", "cpu")  # a toy's
 
 
 @pytest.mark.parametrize("tau", [1.0, -1.0])

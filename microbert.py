@@ -951,7 +951,7 @@ def toy(config: DistillConfig, folder: Path) -> DistillConfig:
         bert = Bert(BertConfig(vocab_size=len(data.toy_vocabulary()), **_TOY_BERT))
         log = Log(None, 10**9)
         with log.timed("pretrain", f"the built-in task's BERT, once, into {folder}"):
-            train(bert, encoded, objective, plain, log, epochs=8, lr=1e-3)
+            train(bert, encoded, objective, plain, log, epochs=6, lr=1e-3)
         save_bert(bert, folder)
     barrier()
     given = "" if config.teacher else config.bert or str(folder)

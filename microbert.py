@@ -261,7 +261,8 @@ def prune(teacher: Bert, keep: Sequence[int]) -> Bert:
                 continue
             name = f"layers.{keep.index(int(layer) + 1)}.{rest}"
         state[name] = tensor.clone()
-    return bert_of(replace(teacher.config, num_hidden_layers=len(keep)), state)
+    pruned = bert_of(replace(teacher.config, num_hidden_layers=len(keep)), state)
+    return pruned.train(teacher.training)
 
 
 # --- losses on predictions -----------------------------------------------------------------------
@@ -401,8 +402,8 @@ def alignment_loss(
 ) -> Tensor:
     """Feature Alignment Loss, guided by the experts [1]; the formula is OURS(5).
 
-    mean over layers of sum_j g_j * mean_H (f_j^S - f_j^T)^2 + 1 - cos(z^S, z^T). Without experts
-    every view weighs 1/3 and the fused term is dropped.
+    mean over texts and layers of (sum_j g_j mean_H[(f_j^S - f_j^T)^2]) + 1 - cos(z^S, z^T). Without
+    experts, which are frozen, every view weighs 1/3 and the fused term is dropped.
     student, teacher: features (B, K, E, H), gradient into the student alone -> ()
     """
     teacher = teacher.detach()
@@ -585,7 +586,7 @@ class Distillation:
     """loss = a soft + (1 - a) hard + b FAL + c adversarial: the weighted terms of one step.
 
     Holds the frozen experts and the discriminator, which it trains on every batch it is given. The
-    student has the K matched layers, no other. `stateful` is what a killed run has to keep of it.
+    student has K layers, the m-th matched with t(m). `stateful` is what a killed run keeps of it.
     """
 
     def __init__(
@@ -755,36 +756,36 @@ def teacher_pass(
     teacher: Bert,
     encoded: "data.Encoded",
     labels: Tensor,
-    keep: Sequence[int],
+    aligned: Sequence[int],
     config: DistillConfig,
     path: Path,
     log: "Log | None" = None,
 ) -> TeacherCache:
-    """Runs the teacher once over all texts and keeps its logits and the features of layers `keep`.
+    """Runs the teacher once over all texts, keeps its logits and features of the layers `aligned`.
 
     path: the file that backs the features, 2 bytes * n * K * E * H of it; beside it PATH.logits,
-    whose mark says of which teacher and texts both are: for the same again they are taken as they
-    are. The processes of a machine fill it together. Raises OSError where the disk lacks room.
+    whose mark says of which teacher and texts both are: one process takes them as they are for the
+    same again; several of a machine fill it together. Raises OSError where the disk lacks room.
     """
     part, parts = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    shape = (len(encoded), len(keep), 3, teacher.config.hidden_size)
-    mark, beside = checksum(teacher, encoded, np.array(keep)), Path(f"{path}.logits")
+    shape = (len(encoded), len(aligned), 3, teacher.config.hidden_size)
+    mark, beside = checksum(teacher, encoded, np.array(aligned)), Path(f"{path}.logits")
     known = load_state(beside) if path.exists() and not dist.is_initialized() else {}
     if known.get("mark") == mark and path.stat().st_size == 2 * math.prod(shape):
         return TeacherCache(map_features(path, shape), known["logits"], labels)
     print(f"cache: {path}, {2 * math.prod(shape) / 1e6:.0f} MB for {len(encoded)} texts")
-    owner = os.getppid() if parts > 1 else os.getpid()
+    owner = os.getppid() if parts > 1 else os.getpid()  # one name for all of a machine
     unfinished = path.with_name(f".{path.name}.{owner}.part")
     features = map_features(unfinished, shape, new=True)
-    logits = torch.full((len(encoded), len(teacher.config.labels)), -torch.inf)
-    done, started = 0, time.perf_counter()
+    logits = torch.full((len(encoded), len(teacher.config.labels)), -torch.inf)  # gather's lowest
+    done, count, started = 0, len(encoded), time.perf_counter()
     for rows, mask, output in run_batches(teacher, encoded, config, part, parts):
-        matched = [output.hidden_states[layer] for layer in keep]
+        matched = [output.hidden_states[layer] for layer in aligned]
         features[rows] = sentence_features(matched, mask).half().cpu()
         logits[rows] = output.logits.float().cpu()
-        done += len(rows) * parts
-        if log:
-            log.count(min(done, len(encoded)), len(encoded), started)
+        done = min(done + len(rows) * parts, count)
+        if log and (done == count or log.due(30)):
+            log.show(done, count, count - done, done / (time.perf_counter() - started), "texts")
     logits = gather(logits, config)
     if part == 0:
         beside.unlink(missing_ok=True)
@@ -819,8 +820,9 @@ def distill(config: DistillConfig, *, shared: Path | None = None) -> dict[str, A
     keep = start_layers(config, teacher.config.num_hidden_layers, pairs=run.task.pairs)
     with log.timed("pruned", f"the teacher's layers {', '.join(map(str, keep))}, as they are"):
         pruned = prune(teacher.cpu(), keep)
-        set_dropout(pruned, 0.0)  # it has no capacity to spare
-        del teacher  # its memory is the student's now
+        for part in (pruned, *pruned.layers):  # embeddings keep their dropout
+            part.head_dropout = part.attention_dropout = part.hidden_dropout = 0.0
+        del teacher  # frees its memory
         score(run, "pruned", pruned)
     stages = student_stages(run, cache, experts)
     with log.timed("student", f"the same, distilled on {stages[0].texts:,} texts"):
@@ -948,21 +950,18 @@ def toy(config: DistillConfig, folder: Path) -> DistillConfig:
         encoded, plain = data.encode(data.load_tokenizer(folder), texts), replace(config, seed=0)
         objective = of_labels(torch.from_numpy(labels).float(), 2, plain)
         torch.manual_seed(0)
-        bert = Bert(BertConfig(vocab_size=len(data.toy_vocabulary()), **_TOY_BERT))
+        words = len(data.toy_vocabulary())
+        bert = Bert(
+            BertConfig(words, 64, 4, 4, 256, max_position_embeddings=128, initializer_range=0.05)
+        )
         log = Log(None, 10**9)
         with log.timed("pretrain", f"the built-in task's BERT, once, into {folder}"):
-            train(bert, encoded, objective, plain, log, epochs=6, lr=1e-3)
+            train(bert, encoded, objective, plain, log, epochs=8, lr=1e-3)
         save_bert(bert, folder)
     barrier()
     given = "" if config.teacher else config.bert or str(folder)
     transfer = config.transfer or str(folder / "unlabelled.txt") * (config.transfer_ratio > 0)
     return replace(config, task=str(folder), data_dir=str(folder), bert=given, transfer=transfer)
-
-
-_TOY_BERT: dict[str, Any] = {
-    "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256,
-    "max_position_embeddings": 128, "initializer_range": 0.05,
-}  # fmt: skip
 
 
 def start_layers(
@@ -1116,12 +1115,6 @@ def fit(
     return load_bert(folder)
 
 
-def set_dropout(model: Bert, rate: float) -> None:
-    """Another dropout of layers and classifier for the training to come; embeddings keep theirs."""
-    for module in (model, *model.layers):
-        module.head_dropout = module.attention_dropout = module.hidden_dropout = rate
-
-
 @torch.no_grad()
 def run_batches(
     model: Bert, encoded: "data.Encoded", config: DistillConfig, part: int, parts: int
@@ -1190,11 +1183,9 @@ def refuse_majority(run: Run) -> None:
     constant = labels.mean() if run.task.regression else np.bincount(labels).argmax()
     majority = glue.score(run.task, labels, np.full(len(labels), constant))["score"]
     if reached <= majority and not run.config.force:
-        raise ValueError(
-            f"the teacher scores {reached:.2f} on {run.task.name} dev, the most frequent label "
-            f"alone {majority:.2f}: nothing to distil. --overwrite and --teacher-epochs fine-tune "
-            "it longer, --force insists"
-        )
+        told = f"the teacher scores {reached:.2f} on {run.task.name} dev, the most frequent label"
+        how = "--overwrite and --teacher-epochs fine-tune it longer, --force insists"
+        raise ValueError(f"{told} alone {majority:.2f}: nothing to distil. {how}")
 
 
 def finish(run: Run, student: Bert | None = None) -> None:
@@ -1203,7 +1194,7 @@ def finish(run: Run, student: Bert | None = None) -> None:
     if student:
         teacher = load_bert((run.shared or run.out) / "teacher")
         speeds = examples_per_second([teacher, student], run)
-        results["examples_per_second"] = dict(zip(("teacher", "student"), speeds))
+        rates = results["examples_per_second"] = dict(zip(("teacher", "student"), speeds))
         reached = results["teacher"]["score"]
         results["retention"] = results["student"]["score"] / reached if reached else None
     modules = {name: sys.modules[name].__version__ for name in ("torch", "tokenizers", "numpy")}
@@ -1219,7 +1210,14 @@ def finish(run: Run, student: Bert | None = None) -> None:
     write_file(run.out / "results.json", (json.dumps(stored, indent=2) + "\n").encode())
     sweep(run.out)
     if student:
-        print_table(results)
+        print("\n                 layers   parameters       MB  examples/s  dev score  of teacher")
+        called = {"teacher": "teacher", "pruned": "pruned", "baseline": "fine-tuned only"}
+        for name, title in (called | {"student": "MicroBERT"}).items():
+            if row := results.get(name):
+                share = f"{100 * row['score'] / reached:.1f} %" if reached else "-"
+                size = f"{row['layers']:8}{row['parameters']:13,}{row['megabytes']:9.1f}"
+                rate = f"{rates.get(name, rates['student']):12,.0f}"
+                print(f"{title:15}{size}{rate}{row['score']:11.2f}{share:>12}")
         text = min(run.dev.texts, key=lambda text: len(str(text)))
         words = ["predict", str(run.out), *([text] if isinstance(text, str) else text)]
     else:
@@ -1227,19 +1225,6 @@ def finish(run: Run, student: Bert | None = None) -> None:
         words += ["--data-dir", config.data_dir] if not run.task.folder else []
         words += ["--teacher", str(run.out), "--out", f"{run.out}-student"]
     print(f"\nnext: python microbert.py {shlex.join(words)}")
-
-
-def print_table(results: dict[str, Any]) -> None:
-    """Teacher, pruned, fine-tuned only and MicroBERT side by side."""
-    reached, rates = results["teacher"]["score"], results["examples_per_second"]
-    print("\n                 layers   parameters       MB  examples/s  dev score  of teacher")
-    called = {"teacher": "teacher", "pruned": "pruned", "baseline": "fine-tuned only"}
-    for name, title in (called | {"student": "MicroBERT"}).items():
-        if row := results.get(name):
-            share = f"{100 * row['score'] / reached:.1f} %" if reached else "-"
-            size = f"{row['layers']:8}{row['parameters']:13,}{row['megabytes']:9.1f}"
-            rate = f"{rates.get(name, rates['student']):12,.0f}"
-            print(f"{title:15}{size}{rate}{row['score']:11.2f}{share:>12}")
 
 
 def examples_per_second(models: Sequence[Bert], run: Run) -> list[float]:
@@ -1523,18 +1508,12 @@ def load_bert(path: str | Path, labels: Sequence[str] | None = None) -> Bert:
         shapes = {name: tuple(t.shape) for name, t in Bert(config).state_dict().items()}
     parts = {name.rsplit(".", 1)[0] for name in stored}
     fresh = [part for part in ("pooler", "classifier") if _NAMES[part] not in parts]
-    loaded = {theirs(name): name for name in shapes if name.split(".")[0] not in fresh}
-    problems = [f"lacks {name!r}" for name in loaded if name not in stored]
-    problems += [f"has {name!r} beyond" for name in stored if name not in loaded]
-    for name in loaded.keys() & stored.keys():
-        found, shape = stored[name], shapes[loaded[name]]
-        if found.shape != shape or not found.is_floating_point():
-            kind = f"{found.dtype} {tuple(found.shape)}"
-            problems.append(f"{name!r} is {kind}, config.json says floating point {shape}")
-    if problems:
-        told = "; ".join(problems[:8])
-        raise ValueError(f"{source}: {len(problems)} faults in {len(loaded)} BERT tensors: {told}")
-    state = {name: stored[theirs(name)].float().contiguous() for name in loaded.values()}
+    wanted = {theirs(n): shape for n, shape in shapes.items() if n.split(".")[0] not in fresh}
+    found = {n: tuple(t.shape) if t.is_floating_point() else t.dtype for n, t in stored.items()}
+    if wrong := [n for n in wanted | found if wanted.get(n) != found.get(n)]:
+        told = "; ".join(f"{n!r} is {found.get(n)}, expected {wanted.get(n)}" for n in wrong[:8])
+        raise ValueError(f"{source}: {len(wrong)} faults, config.json says otherwise: {told}")
+    state = {n: stored[theirs(n)].float().contiguous() for n in shapes if theirs(n) in wanted}
     for name in (name for name in shapes if name not in state):
         state[name] = torch.randn(shapes[name]) * config.initializer_range * ("weight" in name)
     model = bert_of(config, state)
@@ -1718,13 +1697,13 @@ def load_fitting_tokenizer(folder: Path, model: Bert, config: DistillConfig) -> 
     tokenizer = data.load_tokenizer(folder, min(config.max_length, positions))
     tried = [tokenizer.encode(""), tokenizer.encode("a"), tokenizer.encode("a", "b")]
     ids = [*tokenizer.get_vocab().values(), *(i for encoding in tried for i in encoding.ids)]
-    if (size := max(ids, default=-1) + 1) > rows:
+    size, segments = max(ids, default=-1) + 1, [i for made in tried for i in made.type_ids]
+    if size > rows:
         raise ValueError(
             f"{folder}: tokenizer of {size} tokens for {rows} embeddings; not its own?"
         )
-    segments = [segment for encoding in tried for segment in encoding.type_ids]
-    if not all(len(encoding) for encoding in tried) or max(segments) > 1:
-        told = f"its tokenizer makes {[encoding.tokens for encoding in tried]} of no text, one, two"
+    if not all(map(len, tried)) or max(segments) > 1:
+        told = f"its tokenizer makes {[made.tokens for made in tried]} of no text, one, two"
         raise ValueError(f"{folder}: {told}; expected [CLS], [SEP] and the segments 0 and 1")
     return tokenizer
 
@@ -1909,12 +1888,6 @@ class Log:
             self.write(step=step, steps=steps, **told)
         shown = " ".join(f"{name} {number:.3f}" for name, number in numbers.items())
         self.show(step, steps, (steps - step) * size, rate, shown)
-
-    def count(self, done: int, total: int, started: float) -> None:
-        """How many of the texts are done, now and then; started: perf_counter at the first."""
-        if done >= total or self.due(30):
-            rate = done / (time.perf_counter() - started)
-            self.show(done, total, total - done, rate, "texts")
 
     def show(self, done: int, total: int, left: int, rate: float, what: str) -> None:
         """A line of 80 columns; on a terminal the next takes its place, unless it is the last."""
@@ -2147,15 +2120,6 @@ def parse(words: Sequence[str]) -> tuple[str, DistillConfig]:
     return command, DistillConfig(**vars(chosen))
 
 
-def print_commands() -> int:
-    """The page of --help before any command."""
-    print("COMMAND --help shows the options of each; without a COMMAND it is distill")
-    for command, (run, _, example) in [*_COMMANDS.items()][:-1]:
-        print((run.__doc__ or "").split("\n")[0])
-        print(f"  python microbert.py {command} {example}")
-    return 0
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; a user's mistake is one line on stderr and exit code 2."""
     words, config = list(sys.argv[1:] if argv is None else argv), DistillConfig()
@@ -2163,7 +2127,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
     try:
         if words[:1] in (["-h"], ["--help"]):
-            return print_commands()
+            print("COMMAND --help shows the options of each; without a COMMAND it is distill")
+            for command, (run, _, example) in [*_COMMANDS.items()][:-1]:
+                print((run.__doc__ or "").split("\n")[0])
+                print(f"  python microbert.py {command} {example}")
+            return 0
         command, config = parse(words)
         warnings.filterwarnings("ignore", ".*drawn at random")  # commands say so, or refuse it
         _COMMANDS[command][0](join_processes(config))

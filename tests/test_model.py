@@ -231,11 +231,11 @@ MISFITS = {  # what is put in the file (None: taken out), and what the error say
     "four": ({KEY: None, "bert.encoder.layer.3.output.dense.bias": torch.zeros(16),
               "bert.embeddings.word_embeddings.weight": torch.zeros(31, 16),
               "bert.pooler.dense.bias": torch.zeros(16, dtype=torch.int64)},
-             ["pytorch_model.bin: 4 faults", f"lacks '{KEY}'", "layer.3.output.dense.bias", "int64",
-              "word_embeddings.weight", "(31, 16)", "(30, 16)", "pooler.dense.bias"]),
+             ["pytorch_model.bin: 4 faults", f"'{KEY}' is None", "layer.3.output.dense.bias",
+              "int64", "word_embeddings.weight", "(31, 16)", "(30, 16)", "pooler.dense.bias"]),
     "twice": ({"embeddings.LayerNorm.gamma": torch.zeros(16)},
               ["bert.embeddings.LayerNorm.weight' twice"]),
-    "half a head": ({"bert.pooler.dense.bias": None}, ["lacks 'bert.pooler.dense.bias"]),
+    "half a head": ({"bert.pooler.dense.bias": None}, ["'bert.pooler.dense.bias' is None"]),
 }  # fmt: skip
 
 

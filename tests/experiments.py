@@ -171,8 +171,7 @@ def train_peers(config, names):
     for name in names:
         keep = aligned if name == "tinybert" else own
         student = m.prune(teacher.cpu(), keep)
-        for part in (student, *student.layers):
-            part.head_dropout = part.attention_dropout = part.hidden_dropout = 0.0
+        m.set_dropout(student, 0.0)
         with log.timed(name, f"a student of layers {', '.join(map(str, keep))}"):
             stages = peer_stages(name, run, cache, encoded, teacher, student, aligned)
             for objective, part, passes in stages:

@@ -40,6 +40,21 @@ def test_attention_of_training_equals_that_of_answering(padded):
         torch.testing.assert_close(trained, answered, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("device, training", [("cuda", True), ("cuda", False), ("cpu", True)])
+def test_kernels_of_attention(device, training):
+    """Catches cuDNN's, whose gradients can be wrong, and a slow one in training on a CPU."""
+    ways, before = torch.backends.cuda, torch.backends.cuda.cudnn_sdp_enabled()
+    with microbert.attention_kernel(torch.device(device), training):
+        assert not ways.cudnn_sdp_enabled() and ways.math_sdp_enabled()
+        assert ways.mem_efficient_sdp_enabled() == ways.flash_sdp_enabled() == (device == "cuda")
+    assert ways.cudnn_sdp_enabled() == before
+
+
+def test_a_pruned_model_is_in_its_teachers_mode():
+    """Catches dropout in the answers of what an answering teacher was pruned to."""
+    assert not prune(Bert(TINY).eval(), [1]).training and prune(Bert(TINY).train(), [1]).training
+
+
 def test_loading_and_pruning_draw_no_random_numbers(tmp_path):
     """Catches an initialisation that is overwritten at once: most of the time of loading."""
     save_bert(Bert(TINY), tmp_path)

@@ -8,11 +8,13 @@ Shapes: B batch, T tokens of the longest text in the batch, n texts, S tokens of
 """
 
 import json
+import math
 import random
+import re
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -20,48 +22,165 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer  # type: ignore[attr-defined]
+from tokenizers.models import WordPiece
+from tokenizers.processors import BertProcessing
 from torch import Tensor
 
 Texts = Sequence[Any]  # sentences, or (first, second) pairs of them
 Rows = np.ndarray  # numbers of texts
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json",
+                   "special_tokens_map.json", "added_tokens.json")  # fmt: skip
 _SWITCHES = {"do_lower_case": "lowercase", "strip_accents": "strip_accents",
              "tokenize_chinese_chars": "handle_chinese_chars"}  # fmt: skip
+_SPECIAL = {"unk_token": "[UNK]", "pad_token": "[PAD]", "mask_token": "[MASK]",
+            "cls_token": "[CLS]", "sep_token": "[SEP]"}  # fmt: skip
+_BERTS = r"((Distil|Mobile)?Bert|Electra)Tokenizer(Fast)?"  # classes that read texts as BERT does
+_STAND_IN = re.compile(r"\s*(<!doctype|<html|version https://git-lfs)", re.I)
 
 
 def load_tokenizer(folder: str | Path, max_length: int = 128) -> Tokenizer:
     """The tokenizer of a BERT checkpoint folder; cuts a text, of a pair the longer, to max_length.
 
-    Raises FileNotFoundError without tokenizer.json or vocab.txt, ValueError where one is broken.
+    Raises FileNotFoundError without tokenizer.json or vocab.txt, ValueError where a file is broken
+    or asks for another kind of tokenizer than BERT's.
     """
-    whole, config = Path(folder, "tokenizer.json"), Path(folder, "tokenizer_config.json")
-    path = whole if whole.is_file() else Path(folder, "vocab.txt")
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder}: neither tokenizer.json nor vocab.txt in it")
-    try:
-        stored = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        if path == whole:
-            tokenizer = Tokenizer.from_file(str(path))
-        else:
-            tokenizer = BertWordPieceTokenizer(str(path))._tokenizer
-        for theirs, ours in _SWITCHES.items():
-            if stored.get(theirs) is not None and hasattr(tokenizer.normalizer, ours):
-                setattr(tokenizer.normalizer, ours, stored[theirs])
-    except Exception as error:  # the library raises bare Exception for a file it cannot parse
-        raise ValueError(f"{folder}: {path.name} or {config.name} is broken: {error}") from None
-    unknown = getattr(tokenizer.model, "unk_token", None)
-    if unknown and tokenizer.token_to_id(unknown) is None:
-        raise ValueError(f"{path}: its tokenizer lacks {unknown}, the token of unknown words")
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(max_length, strategy="longest_first")
+    tokenizer, settings = _read_tokenizer(Path(folder))
+    if settings.get("do_lower_case") is None and getattr(tokenizer.normalizer, "lowercase", False):
+        special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+        if cased := {word for word in tokenizer.get_vocab() if word != word.lower()} - special:
+            told = f"its {len(cased)} words with capitals, such as {min(cased)}, are never met"
+            how = 'a tokenizer_config.json with "do_lower_case": false keeps capitals'
+            print(f"note: {folder} lower-cases texts, so {told}; {how}", file=sys.stderr)
+    tokenizer.enable_truncation(max_length, direction=settings["truncation_side"])
     return tokenizer
 
 
+def tokenizer_files(folder: str | Path, positions: int) -> dict[str, bytes]:
+    """A checkpoint's tokenizer files, by name, to go with a model of so many positions.
+
+    They say all that `load_tokenizer` makes of them, so that `transformers` reads texts alike.
+    """
+    tokenizer, settings = _read_tokenizer(Path(folder))
+    files = {n: p.read_bytes() for n in TOKENIZER_FILES if (p := Path(folder, n)).is_file()}
+    files["tokenizer.json"], stored = tokenizer.to_str().encode(), json.loads(tokenizer.to_str())
+    for theirs, ours in _SWITCHES.items():
+        settings[theirs] = getattr(tokenizer.normalizer, ours, settings.get(theirs))
+    settings["added_tokens_decoder"] = {t.pop("id"): t for t in stored["added_tokens"]}
+    settings["model_max_length"] = min(positions, settings.get("model_max_length") or positions)
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "right"}
+    settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    files["tokenizer_config.json"] = (json.dumps(settings, indent=1) + "\n").encode()
+    return files
+
+
+def _read_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
+    """The tokenizer, uncut, and all that the folder says of it as in tokenizer_config.json."""
+    there = [path for name in TOKENIZER_FILES[:2] if (path := folder / name).is_file()]
+    if not there:
+        raise FileNotFoundError(f"{folder}: neither tokenizer.json nor vocab.txt in it")
+    path, (settings, tokens) = there[0], _tokenizer_settings(folder)
+    with _blaming(f"{path} or {TOKENIZER_FILES[2]}"):
+        if path.suffix == ".json":
+            tokenizer = Tokenizer.from_str(_text(path))
+        else:
+            settings |= {key: settings.get(key) or token for key, token in _SPECIAL.items()}
+            tokenizer = BertWordPieceTokenizer()._tokenizer
+            tokenizer.model = WordPiece.from_file(str(path) if _text(path) else "")
+        if not isinstance(tokenizer.model, WordPiece):
+            raise ValueError(f"its model is {type(tokenizer.model).__name__}, expected WordPiece")
+        for token in sorted(tokens, key=lambda token: token.get("id", math.inf)):
+            number = token.pop("id", None)
+            tokenizer.add_tokens([AddedToken(**token)])
+            if number not in (None, found := tokenizer.token_to_id(token["content"])):
+                raise ValueError(f"added token {token['content']} is {found}, expected {number}")
+        _adjust(tokenizer, settings)
+    return tokenizer, settings
+
+
+def _tokenizer_settings(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """tokenizer_config.json with what the files beside it say; the tokens that they add."""
+    read: list[dict[str, Any]] = []
+    for path in (folder / name for name in ("config.json", *TOKENIZER_FILES[2:])):
+        with _blaming(path):
+            read.append({**json.loads(_text(path))} if path.is_file() else {})
+    config, stored, special, numbers = read
+    kind = stored.get("auto_map") or stored.get("tokenizer_class") or config.get("tokenizer_class")
+    kind = str(kind or "BertTokenizer")
+    if not re.fullmatch(f"{_BERTS}|PreTrainedTokenizerFast|TokenizersBackend", kind):
+        raise ValueError(f"{folder}: tokenizer_class is {kind}, expected BERT's: BertTokenizer")
+    with _blaming(folder / TOKENIZER_FILES[2]):
+        whole = [{**t, "id": int(i)} for i, t in (stored.get("added_tokens_decoder") or {}).items()]
+        settings = (special | stored if whole else stored | special) | {"tokenizer_class": kind}
+        lists = [where.get(f"{key}_special_tokens") or () for where in (stored, special)
+                 for key in ("additional", "extra")]  # fmt: skip
+        named = [t for some in lists for t in (some.values() if isinstance(some, dict) else some)]
+        named = [t if isinstance(t, dict) else {"content": t} for t in named]
+        for key in (key for key in _SPECIAL if isinstance(settings.get(key), dict)):
+            settings[key] = settings[key]["content"]
+        marked = {*(t["content"] for t in named), *(settings.get(key) for key in _SPECIAL)}
+        added = [{"content": t, "id": i} for t, i in numbers.items()]
+        tokens = {t["content"]: t for t in (*named, *added, *whole)}
+        for content, token in tokens.items():
+            token.setdefault("special", content in marked)
+            token.pop("__type", None)
+    return settings, [*tokens.values()]
+
+
+def _adjust(tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
+    """Makes the tokenizer what the settings ask for, and has them say what it is."""
+    side = (tokenizer.truncation or {}).get("direction", "right")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    own = tokenizer.encode("").tokens  # [CLS] and [SEP], or what it has for them
+    other = {settings.get("cls_token"), settings.get("sep_token")} - {None, *own}
+    found = {"truncation_side": side, "unk_token": tokenizer.model.unk_token}
+    for key, value in (_SPECIAL | found | dict(zip(("cls_token", "sep_token"), own))).items():
+        settings[key] = settings.get(key) or value
+    if re.fullmatch(_BERTS, settings["tokenizer_class"]):  # the others use tokenizer.json as it is
+        for theirs, ours in _SWITCHES.items():
+            if settings.get(theirs) is not None and hasattr(tokenizer.normalizer, ours):
+                setattr(tokenizer.normalizer, ours, settings[theirs])
+        tokenizer.model.unk_token = settings["unk_token"]
+    for token in (tokenizer.model.unk_token, *other):
+        if tokenizer.token_to_id(token) is None:
+            raise ValueError(f"its tokenizer lacks {token}")
+    if other:
+        ends = [settings["sep_token"], settings["cls_token"]]
+        sep, cls = [(token, tokenizer.token_to_id(token) or 0) for token in ends]
+        tokenizer.post_processor = BertProcessing(sep, cls)
+    settings |= {key: None for key in _SPECIAL if tokenizer.token_to_id(settings[key]) is None}
+    tokenizer.add_special_tokens([settings[key] for key in _SPECIAL if settings[key]])
+    tokenizer.encode_special_tokens = bool(settings.get("split_special_tokens"))
+
+
+@contextmanager
+def _blaming(path: str | Path) -> Iterator[None]:
+    """Whatever goes wrong inside is a ValueError that names the file; the library's are bare."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path} is broken: {error}") from None
+
+
+def _text(path: Path) -> str:
+    """What is in a text file. Raises ValueError for what was downloaded in place of it."""
+    text = path.read_text(encoding="utf-8")
+    if _STAND_IN.match(text):
+        raise ValueError("an HTML page or a Git LFS pointer, not the file itself")
+    return text
+
+
 def read_lines(path: Path | None) -> Iterator[tuple[str, Any]]:
-    """Where each line stands, and its text, pair (a tab between) or ValueError; None: stdin."""
+    """Where each line stands, and its text, pair (a tab between) or ValueError; None: stdin.
+
+    Raises ValueError where the first line shows that the file is another than one text a line.
+    """
     with path.open("rb") if path else nullcontext(sys.stdin.buffer) as file:
         for number, raw in enumerate(file, 1):
+            if number == 1 and (other := _other_kind(raw)):
+                raise ValueError(f"{path or 'standard input'}:1: {other}; expected one text a line")
             try:
                 cells = raw.decode("utf-8-sig").rstrip("\r\n").split("\t")
                 if len(cells) > 2:
@@ -70,6 +189,19 @@ def read_lines(path: Path | None) -> Iterator[tuple[str, Any]]:
             except ValueError as error:  # UnicodeDecodeError is one
                 text = error
             yield f"{path or 'standard input'}:{number}", text
+
+
+def _other_kind(line: bytes) -> str:
+    """What a file is that begins with this line, if it is not one of texts; else ''."""
+    if line[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in line[:4]:
+        return "UTF-16, not UTF-8"
+    if _STAND_IN.match(line.decode(errors="replace")):
+        return "an HTML page or a Git LFS pointer"
+    if b"\r" in line.rstrip(b"\r\n"):
+        return "lines that end in CR alone"
+    cells = line.decode("utf-8-sig", "replace").strip().split("\t")
+    header = len(cells) > 1 and {*cells} <= {"sentence", "sentence1", "sentence2", "label"}
+    return "a header; --task FOLDER --split dev answers such files" if header else ""
 
 
 @dataclass(frozen=True)
@@ -291,11 +423,13 @@ def toy_files() -> dict[str, str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """`python data.py CHECKPOINT "text" ["pair"]` prints tokens, ids and segments."""
     folder, *texts = list(sys.argv[1:] if argv is None else argv) or [""]
+    places = [Path(folder, part) for part in ("", "student", "teacher")]  # or of a run
     if folder.startswith("-") or len(texts) not in (1, 2):
         print('usage: python data.py CHECKPOINT "text" ["pair"]', file=sys.stderr)
         return 0 if folder in ("-h", "--help") else 2
     try:
-        tokenizer = load_tokenizer(folder, max_length=512)
+        found = [place for place in places if (place / "config.json").is_file()]
+        tokenizer = load_tokenizer((found or places)[0], max_length=512)
         encoded = encode(tokenizer, [texts[0] if len(texts) == 1 else tuple(texts)])
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

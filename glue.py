@@ -8,6 +8,7 @@ Unicode line separator (str.splitlines would cut rows at it). Data of your own i
 
 import argparse
 import difflib
+import functools
 import hashlib
 import http.client
 import os
@@ -16,6 +17,7 @@ import shutil
 import sys
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +27,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 __all__ = [
-    "METRICS", "TASKS", "Examples", "Task", "check", "download", "find_task", "official_name",
-    "own_task", "read", "score", "submit", "text_beside", "values",
+    "METRICS", "TASKS", "Examples", "Task", "check", "class_scores", "download", "find_task",
+    "official_name", "own_task", "read", "score", "submit", "text_beside", "values",
 ]  # fmt: skip
 
 
@@ -79,6 +81,7 @@ TASKS = {task.name: task for task in (
     Task("WNLI", _PAIR, labels=_NLI[::-1], cells=_BINARY, rows=(635, 71, 146)),
     Task("AX", _PAIR, "", _NLI3, metrics=("matthews",), splits=("test",), rows=(1104,)),
 )}  # fmt: skip
+_OWN_FILES = ("train.tsv", "dev.tsv", "test.tsv", "train.csv")  # the last one only to be refused
 _MARKS = {"pairID": "MNLI", "source1": "STS-B", "question": "QNLI"}  # columns of one task alone
 
 
@@ -90,7 +93,7 @@ def find_task(name: str | Task, *, regression: bool = False, labels: Sequence[st
         if regression:
             raise ValueError(f"{official}: --regression is for data of your own")
         return TASKS[official]
-    if "/" in name or os.sep in name or Path(name).is_dir():
+    if "/" in name or os.sep in name or Path(name).exists():
         return own_task(name, regression=regression, labels=labels)
     near = difflib.get_close_matches(name.upper(), TASKS, n=1, cutoff=0.0)[0]
     raise ValueError(f"no task '{name}', did you mean {near}? ({' '.join(TASKS)}, or a folder)")
@@ -114,14 +117,18 @@ def own_task(folder: str | Path, *, regression: bool = False, labels: Sequence[s
     splits = Task.splits if regression or labels else ("train",)
     paths = [folder / f"{split}.tsv" for split in splits]
     path = next(filter(Path.is_file, paths), paths[0])
+    csv = folder if folder.is_file() else folder / "train.csv"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; data of your own is train.tsv and dev.tsv")
+        found = f"{folder}: a file" if folder.is_file() else f"{path}: no such file"
+        told = f"{found}; data of your own is a folder with train.tsv and dev.tsv"
+        raise FileNotFoundError(told + (_is_csv(csv, _lines(csv)[0]) if csv.is_file() else ""))
     name = folder.as_posix() if "/" in folder.as_posix() else f"./{folder}"
     lines, table = _table(path, name, path.stem)
     text = tuple(column for column in (*_ONE, *_PAIR) if column in table)
     if text not in (_ONE, _PAIR) or (path.stem == "train" and "label" not in table):
         expected = "expected label and sentence, or label, sentence1 and sentence2"
-        raise ValueError(f"{path}:1: columns {', '.join(table)}; {expected}")
+        line = _lines(path)[0]
+        raise ValueError(f"{path}:1: columns {', '.join(table)}; {expected}{_is_csv(path, line)}")
     if regression:
         return Task(name, text, metrics=("pearson", "spearman"), folder=folder)
     if path.stem == "train":
@@ -137,7 +144,35 @@ def _classes(path: Path, cells: dict[int, str]) -> list[str]:
     classes = sorted(set(cells.values()), key=lambda cell: (_number(cell), cell))
     if not 2 <= len(classes) <= 1024:
         raise ValueError(f"{path}: {len(classes)} labels, expected 2 to 1024; scores: --regression")
+    lower = [name.lower() for name in classes]
+    odd = [name for name in classes if name.lower() in _EMPTY or lower.count(name.lower()) > 1]
+    if odd:
+        lines = dict(zip(reversed(cells.values()), reversed(cells)))  # where each occurs first
+        shown = ", ".join(f"{name!r} at line {lines[name]}" for name in odd[:8])
+        _note(f"{path}: classes that look like empty cells or like each other: {shown}")
     return classes
+
+
+_EMPTY = "nan none null nil n/a na #n/a ? - --".split()
+
+
+@functools.cache
+def _note(text: str) -> None:
+    """Says something on stderr, once."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def _is_csv(path: Path, line: str) -> str:
+    """How to make TSV of a file that begins with this line, if it seems to be CSV; else ''."""
+    mark = max("\t;,", key=line.count)
+    if mark not in line or (mark == "\t" and line[0] != '"'):
+        return ""
+    target, cells = path.with_suffix(".tsv"), '"\\t".join(" ".join(cell.split()) for cell in row)'
+    target = target if target == path else path.with_name("train.tsv")
+    return f"""; is this a CSV? Three lines of Python make TSV of it:
+import csv
+rows = list(csv.reader(open({str(path)!r}, encoding="utf-8-sig", newline=""), delimiter={mark!r}))
+open({str(target)!r}, "w", encoding="utf-8").writelines({cells} + "\\n" for row in rows)"""
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -150,6 +185,7 @@ def read(
 
     split: train, dev or test, MNLI's being the matched ones, or dev_mismatched, test_mismatched.
     Labels are None in GLUE's test splits, in your own without a column of them, and unasked.
+    Without a dev.tsv of yours a tenth of train.tsv, chosen by a hash of the text, is dev.
     QQP's few short rows are skipped in train and dev, and counted on stderr; no other row is.
     Raises FileNotFoundError and ValueError (`path:line: found, expected`).
     """
@@ -162,14 +198,31 @@ def read(
     labelled = with_labels and (not test or bool(task.folder and task.label in table))
     for name in (*task.text, task.label) if labelled else task.text:
         if name not in table:
-            raise ValueError(f"{path}:1: expected one column {name!r} beside {', '.join(table)}")
+            told = f"expected one column {name!r} beside {', '.join(table)}"
+            raise ValueError(f"{path}:1: {told}{_is_csv(path, _lines(path)[0])}")
     for mark, owner in _MARKS.items():
         if mark in table and owner != task.name and not task.folder:
             raise ValueError(f"{path}:1: column {mark!r} is {owner}'s, expected {task.name}'s file")
     columns = [table[name] for name in task.text]
     texts = list(zip(*columns)) if task.pairs else list(columns[0])
     labels = _labels(task, path, dict(zip(lines, table[task.label]))) if labelled else None
-    return Examples(texts, labels)
+    whole = Examples(texts, labels)
+    return _own_part(path, split, lines, whole) if task.folder else whole
+
+
+def _own_part(path: Path, split: str, lines: list[int], whole: Examples) -> Examples:
+    """The rows of data of your own, where dev may share train.tsv; notes the first quoted text."""
+    texts, labels = whole
+    cells = (text if isinstance(text, str) else "\t".join(text) for text in texts)
+    if quoted := [n for n, cell in zip(lines, cells) if re.search('(^|\t)".*"(\t|$)', cell)][:1]:
+        _note(f"{path}:{quoted[0]}: a text in quotes, which are read as part of it")
+    if path.stem != "train" or path.with_name("dev.tsv").exists():
+        return whole
+    marks = [zlib.crc32(repr(text).encode(errors="backslashreplace")) for text in texts]
+    held_out = np.array(marks) <= sorted(marks)[(len(marks) - 1) // 10]  # (n,)
+    (rows,) = np.nonzero(held_out == (split == "dev"))
+    _note(f"{path.parent} has no dev.tsv: a tenth of train.tsv, by a hash of the text, stands in")
+    return Examples([texts[row] for row in rows], labels if labels is None else labels[rows])
 
 
 def text_beside(task: str | Task, data_dir: str | Path) -> tuple[list[list[Any]], list[str]]:
@@ -195,7 +248,9 @@ def _path(task: Task, data_dir: Path, split: str) -> Path:
         places = ("AX/diagnostic", "diagnostic/diagnostic", "MNLI/diagnostic", "AX/AX")
         paths = [data_dir / f"{place}.tsv" for place in places]
         return next(filter(Path.is_file, paths), paths[0])
-    return (task.folder or data_dir / task.name) / f"{name}.tsv"
+    path = (task.folder or data_dir / task.name) / f"{name}.tsv"
+    train = path.with_name("train.tsv")  # which dev may have to share
+    return train if task.folder and name == "dev" and not path.exists() and train.exists() else path
 
 
 def _table(path: Path, task: str, split: str) -> tuple[list[int], dict[str, tuple[str, ...]]]:
@@ -204,6 +259,7 @@ def _table(path: Path, task: str, split: str) -> tuple[list[int], dict[str, tupl
     rows = {n: [cell.strip() for cell in line.split("\t")] for n, line in enumerate(lines, 1)}
     bare = task == "CoLA" and not test  # the one file without a header
     header = ["source", "label", "mark", "sentence"] if bare else rows.pop(1)
+    names = {name.lower() for name in header}
     cut = {}  # QQP's rows with too few cells, those filled up
     for n, cells in rows.items():
         if task == "QQP" and len(cells) < len(header):
@@ -211,19 +267,24 @@ def _table(path: Path, task: str, split: str) -> tuple[list[int], dict[str, tupl
         elif len(cells) != len(header):
             found = f"{len(cells)} tab-separated cells, the first {cells[0][:40]!r}"
             raise ValueError(f"{path}:{n}: {found}, expected {len(header)} ({', '.join(header)})")
+        elif cells[0].lower() in names and len(names) > 1 and {*map(str.lower, cells)} == names:
+            raise ValueError(f"{path}:{n}: the header again")
     if cut:
         done = "read with empty cells" if test else "skipped"  # each test row is owed an answer
         print(f"{path}: {len(cut)} short rows {done}, first at line {min(cut)}", file=sys.stderr)
         rows = {n: cut.get(n, cells) for n, cells in rows.items() if test or n not in cut}
     if not rows:
         raise ValueError(f"{path}: no rows below the header {', '.join(header)[:200]!r}")
-    names = [f"{name} twice" if header.count(name) > 1 else name for name in header]
-    return list(rows), dict(zip(names, zip(*rows.values())))
+    columns = [f"{name} twice" if header.count(name) > 1 else name for name in header]
+    return list(rows), dict(zip(columns, zip(*rows.values())))
 
 
 def _lines(path: Path) -> list[str]:
     """The lines of a UTF-8 file, blank ones at its end left out (one with a tab is a row)."""
     raw = path.read_bytes()
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff") or raw[1:4:2] == bytes(2) or raw[:3:2] == bytes(2):
+        how = "iconv -f UTF-16 -t UTF-8 converts it, Excel saves 'CSV UTF-8'"
+        raise ValueError(f"{path}: UTF-16 text, expected UTF-8; {how}")
     try:
         text, bad = raw.decode().removeprefix("\ufeff"), raw.find(0)
     except UnicodeDecodeError as error:
@@ -233,7 +294,8 @@ def _lines(path: Path) -> list[str]:
         raise ValueError(f"{path}:{line}: byte 0x{raw[bad]:02x} at offset {bad} is no UTF-8 text")
     if re.match(r"\s*(<!doctype|<html|version https://git-lfs|$)", text, re.I):
         raise ValueError(f"{path}: an HTML page, a Git LFS pointer or empty: {text.strip()[:40]!r}")
-    return text.rstrip(" \r\n").replace("\r\n", "\n").split("\n")
+    text = text.rstrip(" \r\n").replace("\r\n", "\n")
+    return text.split("\n" if "\n" in text else "\r")  # an old Mac's lines end so
 
 
 def _labels(task: Task, path: Path, cells: dict[int, str]) -> np.ndarray:
@@ -306,6 +368,19 @@ def spearman(labels: np.ndarray, predictions: np.ndarray) -> float:
     return pearson(*ranks)
 
 
+def class_scores(
+    task: str | Task, labels: ArrayLike, predictions: ArrayLike
+) -> dict[str, dict[str, float]]:
+    """Of each class precision, recall, F1, times 100, and its number of labels n; both (n,)."""
+    found, labels, predictions = {}, np.asarray(labels), np.asarray(predictions)
+    for c, name in enumerate(find_task(task).labels):
+        hits, n = np.sum((labels == c) & (predictions == c)), int(np.sum(labels == c))
+        precision = 100 * hits / max(1, np.sum(predictions == c))
+        found[name] = {"precision": float(precision), "recall": float(100 * hits / max(1, n))}
+        found[name] |= {"f1": 100 * f1(labels, predictions, c), "n": n}
+    return found
+
+
 METRICS = {f.__name__: f for f in (accuracy, f1, macro_f1, matthews, pearson, spearman)}
 
 
@@ -345,7 +420,7 @@ def check(folder: str | Path, *, regression: bool = False) -> bool:
     folder, tasks = Path(folder), list(TASKS.values())
     if (name := folder.resolve().name) in TASKS:
         folder, tasks = folder.resolve().parent, [TASKS[name]]
-    elif any((folder / f"{split}.tsv").is_file() for split in Task.splits):
+    elif folder.is_file() or any((folder / name).is_file() for name in _OWN_FILES):
         tasks = [own_task(folder, regression=regression)]
     there = [task for task in tasks if _path(task, folder, task.splits[0]).parent.is_dir()]
     if not there:

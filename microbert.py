@@ -25,18 +25,19 @@ import io
 import json
 import math
 import os
-import pickle
 import platform
 import re
 import shlex
 import shutil
+import signal
 import statistics
 import sys
+import threading
 import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -96,18 +97,18 @@ class BertConfig:
     type_vocab_size: int = 2
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
-    pad_token_id: int = 0
+    pad_token_id: int | None = 0  # which nothing here uses
+    sentence_pairs: bool | None = None  # whether it learnt from pairs; None is not known
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")  # id2label; a single one is a score
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value, whole = getattr(self, f.name), f.type is int
             high = 2**10 if f.name.startswith("num_") else 2**24 if whole else 1
-            low = int(whole and f.name != "pad_token_id")
-            unset = f.name == "labels" or (f.name == "classifier_dropout" and value is None)
-            good = unset or type(value) in ([int] if whole else [int, float])
-            if not good or not (unset or low <= value <= high):
-                raise ValueError(f"{f.name} is {value!r:.80}, expected {low} to {high}")
+            if f.name in ("pad_token_id", "sentence_pairs", "labels") or value is f.default is None:
+                continue
+            if type(value) not in ([int] if whole else [int, float]) or not whole <= value <= high:
+                raise ValueError(f"{f.name} is {value!r:.80}, expected {int(whole)} to {high}")
         if not 1 <= len(set(self.labels)) == len(self.labels) <= 2**10:
             raise ValueError(f"labels {self.labels!r:.80}, expected 1 to {2**10} different names")
         if self.hidden_size % self.num_attention_heads:
@@ -534,7 +535,7 @@ class DistillConfig:
     split: str = opt("dev", "the split: 'dev', 'test', or for MNLI 'test_mismatched'")
     text: Sequence[str] = opt((), "a text, or the two of a pair; none: --file or standard input")
     file: str = opt("", "file of texts, one a line, a tab between the two of a pair")
-    json: bool = opt(False, "an object with all probabilities on each line")
+    json: bool = opt(False, "JSON: on each line all probabilities, or of evaluate all scores")
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -545,6 +546,8 @@ class DistillConfig:
             raise ValueError(f"--precision is {self.precision!r}, expected auto, fp32 or bf16")
         if self.bert and self.teacher:
             raise ValueError("--bert and --teacher exclude each other: one becomes a teacher")
+        if self.transfer and not self.transfer_ratio:
+            raise ValueError("--transfer and --transfer-ratio 0 exclude each other: text, or none")
         if self.layers and self.keep_layers:
             raise ValueError("--layers and --keep-layers exclude each other: how many, or which")
 
@@ -634,7 +637,7 @@ class Distillation:
     def contest(self, real: Tensor, fake: Tensor, progress: float) -> Tensor:
         """One step of the discriminator, then what it makes of the student: weighted, ()."""
         self.optimizer.zero_grad()
-        discriminator_loss(self.in_parallel, real, fake).backward()
+        (discriminator_loss(self.in_parallel, real, fake) * share(fake)).backward()
         self.optimizer.step()
         ramp = min(max((progress - 0.1) / 0.4, 0.0), 1.0)  # OURS(8): 0 for a tenth, full at half
         weight = self.config.adversarial_weight * ramp
@@ -659,21 +662,15 @@ def of_labels(labels: Tensor, classes: int, config: DistillConfig) -> Objective:
 
 
 def train(
-    model: Bert,
-    encoded: "data.Encoded",
-    objective: Objective,
-    config: DistillConfig,
-    log: "Log",
-    *,
-    epochs: int,
-    lr: float,
-    state: Path | None = None,
-) -> None:
+    model: Bert, encoded: "data.Encoded", objective: Objective, config: DistillConfig, log: "Log",
+    *, epochs: int, lr: float, state: Path | None = None,
+) -> None:  # fmt: skip
     """The one training loop; the objective decides whether it fine-tunes or distils.
 
     objective: (output, attention_mask (B, T), rows (B,), progress) -> named, weighted loss terms.
     state: a file that keeps what a killed run needs to end as if it had not been; begins there.
-    Raises ValueError where a loss or gradient is not finite, before it moves a weight.
+    Ctrl-C ends it after the step, with its state saved, a second one at once. Raises ValueError
+    where a loss or gradient is not finite, before it moves a weight.
     """
     device, (rank, processes), size = resolve_device(config.device), process(), config.batch_size
     optimizer = adamw(model.to(device).train(), lr, config.weight_decay)
@@ -684,30 +681,33 @@ def train(
     done = log.goes_on(load_state(state, **parts)) if state else 0
     forward, started = in_parallel(model), time.perf_counter()
     broken = torch.zeros((), device=device)  # steps since a loss or gradient was not finite
-    for step, rows in enumerate(batches[done:], done + 1):
-        torch.manual_seed(zlib.crc32(f"{config.seed} {rank} {step}".encode()))  # dropout's
-        progress = (step - 1) / len(batches)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * schedule(progress, config.warmup)
-        rows = rows[rank::processes] if len(rows) >= processes else rows
-        batch = data.collate(encoded, rows, device)
-        with autocast(config), attention_kernel(device, training=True):
-            output = forward(**batch)
-        terms = objective(output, batch["attention_mask"], torch.from_numpy(rows), progress)
-        norm = update(model, optimizer, terms, config.clip, broken)
-        kept = step % config.save_every == 0 or step == len(batches)
-        if device.type != "cuda" or kept or step % config.log_every == 0:  # a GPU is not waited for
-            refuse_not_finite(int(broken), terms, norm, f"{log.phase} step {step}")
-        speed = size * (step - done) / (time.perf_counter() - started)
-        log.step(step, len(batches), terms, optimizer.param_groups[0]["lr"], speed, size)
-        if state and kept:
-            save_state(state, **parts, step=step, seconds=log.so_far())
+    with interrupt_held() as interrupted:
+        for step, rows in enumerate(batches[done:], done + 1):
+            torch.manual_seed(zlib.crc32(f"{config.seed} {rank} {step}".encode()))  # dropout's
+            progress = (step - 0.5) / len(batches)  # the middle of the step: no rate is 0
+            rows = rows[rank::processes] if len(rows) >= processes else rows
+            batch = data.collate(encoded, rows, device)
+            with autocast(config), attention_kernel(device, training=True):
+                output = forward(**batch)
+            terms = objective(output, batch["attention_mask"], torch.from_numpy(rows), progress)
+            terms = {name: term * share(output.logits) for name, term in terms.items()}
+            rate = lr * schedule(progress, config.warmup)
+            norm = update(model, optimizer, terms, rate, config.clip, broken)
+            kept = step % config.save_every == 0 or step == len(batches) or bool(interrupted)
+            if device.type != "cuda" or kept or step % config.log_every == 0:  # else no waiting
+                refuse_not_finite(int(broken), terms, norm, f"{log.phase} step {step}")
+            speed = size * (step - done) / (time.perf_counter() - started)
+            log.step(step, len(batches), terms, rate, speed, size)
+            if state and kept:
+                save_state(state, **parts, step=step, seconds=log.so_far())
+            if interrupted:
+                raise KeyboardInterrupt
     model.eval()
 
 
 def update(
-    model: Bert, optimizer: torch.optim.Optimizer, terms: dict[str, Tensor], clip: float,
-    broken: Tensor,
+    model: Bert, optimizer: torch.optim.Optimizer, terms: dict[str, Tensor], lr: float,
+    clip: float, broken: Tensor,
 ) -> Tensor:  # fmt: skip
     """Moves the weights down the gradient of the terms' sum; returns the gradient's norm, ().
 
@@ -717,6 +717,8 @@ def update(
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
     broken += (broken > 0) | ~(loss + norm).isfinite()
+    for group in optimizer.param_groups:
+        group["lr"] = lr
     optimizer.found_inf = broken.clamp(max=1)  # type: ignore[attr-defined]  # read by its kernel
     optimizer.step()
     optimizer.zero_grad()
@@ -729,7 +731,8 @@ def refuse_not_finite(steps: int, terms: dict[str, Tensor], norm: Tensor, where:
         shown = " + ".join(f"{name} {term.item():g}" for name, term in terms.items())
         since = f" (and {steps - 1} before it)" if steps > 1 else ""
         told = f"loss or gradient not finite: {shown}, gradient's norm {norm.item():g}"
-        raise ValueError(f"{where}{since}: {told}; lower the learning rate")
+        rate = "--teacher-lr" if where.startswith("teacher") else "--lr"
+        raise ValueError(f"{where}{since}: {told}; start anew: --overwrite and a lower {rate}")
 
 
 def schedule(progress: float, warmup: float) -> float:
@@ -748,21 +751,16 @@ def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW
 
 
 def teacher_pass(
-    teacher: Bert,
-    encoded: "data.Encoded",
-    labels: Tensor,
-    aligned: Sequence[int],
-    config: DistillConfig,
-    path: Path,
-    log: "Log | None" = None,
-) -> TeacherCache:
+    teacher: Bert, encoded: "data.Encoded", labels: Tensor, aligned: Sequence[int],
+    config: DistillConfig, path: Path, log: "Log | None" = None,
+) -> TeacherCache:  # fmt: skip
     """Runs the teacher once over all texts, keeps its logits and features of the layers `aligned`.
 
     path: the file that backs the features, 2 bytes * n * K * E * H of it; beside it PATH.logits,
     whose mark says of which teacher and texts both are: one process takes them as they are for the
     same again; several of a machine fill it together. Raises OSError where the disk lacks room.
     """
-    part, parts = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    part, parts = process_here()
     shape = (len(encoded), len(aligned), 3, teacher.config.hidden_size)
     mark, beside = checksum(teacher, encoded, np.array(aligned)), Path(f"{path}.logits")
     known = load_state(beside) if path.exists() and not dist.is_initialized() else {}
@@ -876,6 +874,7 @@ def start(config: DistillConfig, shared: Path | None = None) -> tuple[Run, Bert]
     source = checkpoint_folder(str(shared or config.teacher or config.bert), "teacher")
     given, labels = shared or config.teacher, task.labels or ("score",)
     bert = match_labels(load_bert(source), task, source) if given else load_bert(source, labels)
+    bert.config = replace(bert.config, sentence_pairs=task.pairs)
     start_layers(config, bert.config.num_hidden_layers)
     tokenizer = load_fitting_tokenizer(source, bert, config)
     encoded, unit = data.encode(tokenizer, train_set.texts), score_unit(task, train_set.labels)
@@ -922,6 +921,8 @@ def settle(config: DistillConfig) -> DistillConfig:
     left = [name for name in recipe if getattr(config, name) == getattr(DistillConfig, name)]
     config = replace(config, **{name: recipe[name] for name in left})
     device = resolve_device(config.device)
+    if device.index:  # what names no GPU means this one
+        torch.cuda.set_device(device)
     if config.precision == "auto":  # to answer, fp32
         fast = not config.checkpoint and has_fast_bf16(device)
         config = replace(config, precision="bf16" if fast else "fp32")
@@ -999,6 +1000,8 @@ def gather_transfer(
     config: DistillConfig, task: "glue.Task", train_texts: Sequence[Any]
 ) -> list[Any]:
     """Unlabelled texts to distil on, OURS(10): own perturbed, other tasks'; none of dev or test."""
+    if config.transfer and not distils(config):
+        print(f"note: nothing is distilled, so {config.transfer} is not used", file=sys.stderr)
     if not (config.transfer_ratio and distils(config)):
         return []
     lines = [*data.read_lines(Path(config.transfer))] if config.transfer else []
@@ -1008,10 +1011,14 @@ def gather_transfer(
     given, known = [text for _, text in lines if "".join(text).strip()], len(train_texts)
     count = round(config.transfer_ratio * known)
     if config.transfer_ratio < 0:
-        count = min(4 * known, max(0, 100_000 - known))
+        count = max(min(4 * known, 100_000 - known), len(given))
     beside = glue.text_beside(task, config.data_dir)
     texts, left_out = data.transfer_texts(train_texts, *beside, count, config.seed, given)
-    first = f" ({len(given):,} texts of {config.transfer} before all others)" if given else ""
+    some = f"{min(count, len(given)):,} of {len(given):,} texts of {config.transfer}"
+    first = f" ({some} before all others)" if given else ""
+    if odd := sum(isinstance(text, tuple) != task.pairs for text in given):
+        forms = ("pairs, read as two texts each", "single ones, each read as half of a pair")
+        print(f"note: of {config.transfer} {odd:,} are {forms[task.pairs]}", file=sys.stderr)
     told = f"{left_out} left out for occurring in dev or test"
     print(f"transfer text: {len(texts)} unlabelled{first}, {told}")
     return texts
@@ -1150,9 +1157,13 @@ def score(run: Run, name: str, model: Bert) -> Tensor:
 
 
 def score_model(
-    model: Bert, tokenizer: "Tokenizer", task: "glue.Task", config: DistillConfig, log: "Log"
-) -> tuple[dict[str, Any], Tensor]:
-    """Size and metrics of --split; MNLI's mismatched ones under their own name. Logits (n, C)."""
+    model: Bert, tokenizer: "Tokenizer", task: "glue.Task", config: DistillConfig, log: "Log",
+    *, classes: bool = False,
+) -> tuple[dict[str, Any], Tensor]:  # fmt: skip
+    """Size and metrics of --split; MNLI's mismatched ones under their own name. Logits (n, C).
+
+    classes: those of each class, too, where there are more than two.
+    """
     splits = [name for name in task.splits if f"{name}_".startswith(f"{config.split}_")]
     if not splits:
         raise ValueError(f"{task.name} has no split {config.split} to score; use predict")
@@ -1164,12 +1175,22 @@ def score_model(
         if labels is None:
             raise ValueError(f"{task.name} {split} has no labels to score against; use predict")
         said.append(predict_logits(model, data.encode(tokenizer, texts), config))
-        metrics = glue.score(task, labels, answers(said[-1]))
+        metrics: dict[str, Any] = glue.score(task, labels, answers(said[-1]))
+        table = [f"{log.phase} | {task.name} {split} n={len(texts)} | {in_words(metrics)}"]
+        if classes and len(task.labels) > 2:
+            metrics["classes"] = glue.class_scores(task, labels, answers(said[-1]))
+            table += [f"  {n}: {in_words(row)}" for n, row in metrics["classes"].items()]
         found |= metrics if split == splits[0] else {split: metrics}
-        line = " ".join(f"{name} {value:.2f}" for name, value in metrics.items())
-        print(f"{log.phase} | {task.name} {split} n={len(texts)} | {line}")
+        print(*table, sep="\n", file=sys.stderr if config.json else sys.stdout)
         log.write(split=split, n=len(texts), **metrics)
     return found, said[0]
+
+
+def in_words(scores: dict[str, Any]) -> str:
+    """Names and numbers on one line."""
+    return " ".join(
+        f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in scores.items()
+    )
 
 
 def answers(logits: Tensor) -> np.ndarray:
@@ -1184,7 +1205,8 @@ def refuse_majority(run: Run) -> None:
     majority = glue.score(run.task, labels, np.full(len(labels), constant))["score"]
     if reached <= majority and not run.config.force:
         told = f"the teacher scores {reached:.2f} on {run.task.name} dev, the most frequent label"
-        how = "--overwrite and --teacher-epochs fine-tune it longer, --force insists"
+        how = "--overwrite with --logit-adjustment 1 helps where a class is rare, --teacher-epochs"
+        how += " where it learnt too little; --force insists"
         raise ValueError(f"{told} alone {majority:.2f}: nothing to distil. {how}")
 
 
@@ -1210,14 +1232,16 @@ def finish(run: Run, student: Bert | None = None) -> None:
     write_file(run.out / "results.json", (json.dumps(stored, indent=2) + "\n").encode())
     sweep(run.out)
     if student:
-        print("\n                 layers   parameters       MB  examples/s  dev score  of teacher")
+        print("\n                 layers   parameters  updates  examples/s  dev score  of teacher")
         called = {"teacher": "teacher", "pruned": "pruned", "baseline": "fine-tuned only"}
         for name, title in (called | {"student": "MicroBERT"}).items():
             if row := results.get(name):
                 share = f"{100 * row['score'] / reached:.1f} %" if reached else "-"
-                size = f"{row['layers']:8}{row['parameters']:13,}{row['megabytes']:9.1f}"
+                size = f"{row['layers']:8}{row['parameters']:13,}{row.get('updates', 0):9,}"
                 rate = f"{rates.get(name, rates['student']):12,.0f}"
                 print(f"{title:15}{size}{rate}{row['score']:11.2f}{share:>12}")
+        if results["student"]["score"] < results.get("baseline", results["student"])["score"]:
+            print("note: here the labels alone teach the student more than its teacher does")
         text = min(run.dev.texts, key=lambda text: len(str(text)))
         words = ["predict", str(run.out), *([text] if isinstance(text, str) else text)]
     else:
@@ -1285,7 +1309,8 @@ def open_ablation(
     own, _, train_set, _ = read_task(own)
     source = checkpoint_folder(own.teacher or own.bert, "teacher")
     for asked in rows.values():
-        start_layers(settle(asked), load_config(source / "config.json").num_hidden_layers)
+        depth = load_config(source / "config.json", head=False).num_hidden_layers
+        start_layers(settle(asked), depth)
     flags = flags_that_matter(own, train_set)
     flags |= {n: getattr(config, n) for n in ("task", "data_dir", "bert", "teacher", "seed")}
     if not same_flags(out, flags, config.overwrite) and config.overwrite:
@@ -1310,6 +1335,8 @@ def row_config(config: DistillConfig, row: str) -> DistillConfig:
         names = ", ".join([*_ROWS, "no-moe", "no-fal", "no-gan", "no-soft"])
         wrong = unknown[0].strip("-") if unknown else row
         raise ValueError(f"--rows: no '{wrong}' ({names}, or option=value, such as layers=2)")
+    if not chosen.transfer_ratio:  # a row without transfer text
+        chosen.transfer = ""
     return DistillConfig(**vars(chosen))
 
 
@@ -1375,7 +1402,10 @@ def evaluate(config: DistillConfig) -> dict[str, Any]:
         config = replace(config, task=str(Path(config.checkpoint) / "toy"))
     model, tokenizer, task = load_trained(config)
     assert task
-    return score_model(model, tokenizer, task, config, Log(None))[0]
+    found, _ = score_model(model, tokenizer, task, config, Log(None), classes=True)
+    if config.json:
+        print(json.dumps(found))
+    return found
 
 
 def predict(config: DistillConfig) -> None:
@@ -1410,6 +1440,14 @@ def predict(config: DistillConfig) -> None:
         raise ValueError(f"{len(refused)} lines without an answer, the first at {refused[0]}")
 
 
+def fit_or_error(text: Any, pairs: bool | None) -> Any:
+    """The text, or an error where it is a pair and the model learnt from single ones, or so."""
+    if isinstance(text, ValueError) or pairs in (None, isinstance(text, tuple)):
+        return text
+    told = ("two texts", "single ones") if isinstance(text, tuple) else ("one text", "pairs")
+    return ValueError(f"{told[0]}, for a model that was trained on {told[1]}")
+
+
 def answer_lines(
     model: Bert, tokenizer: "Tokenizer", config: DistillConfig, refused: list[str]
 ) -> Iterator[str]:
@@ -1420,11 +1458,14 @@ def answer_lines(
     given = data.read_lines(Path(config.file) if config.file else None)
     if config.text:
         given = iter([("text", config.text[0] if len(config.text) == 1 else tuple(config.text))])
+    given = ((where, fit_or_error(text, model.config.sentence_pairs)) for where, text in given)
     while some := list(islice(given, 1 if typed else 512)):
         texts = [text for _, text in some if not isinstance(text, ValueError)]
         logits = iter(predict_logits(model, data.encode(tokenizer, texts), config))
         for where, text in some:
             if isinstance(text, ValueError):
+                if config.text:
+                    raise text
                 print(f"{where}: {text}", file=sys.stderr)
                 refused.append(where)
                 yield json.dumps({"error": str(text)}) if config.json else ""
@@ -1451,13 +1492,19 @@ _NAMES = {  # module of ours -> of Hugging Face
     "output_norm": "output.LayerNorm", "pooler": "bert.pooler.dense", "classifier": "classifier",
 }  # fmt: skip
 _IMPLEMENTED: dict[str, tuple[Any, ...]] = {  # of config.json's keys that BertConfig has not
-    "model_type": ("bert",), "hidden_act": ("gelu",), "is_decoder": (False, None),
+    "model_type": ("bert",), "hidden_act": ("gelu", "gelu_python"), "is_decoder": (False, None),
     "position_embedding_type": ("absolute", None), "add_cross_attention": (False, None),
     "problem_type": ("single_label_classification", "regression", None),
 }  # fmt: skip
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"
-)  # fmt: skip
+_OTHER_FORMS = {  # what a folder may be that has not the files of a checkpoint
+    "*.index.json": "weights in shards; save_pretrained(DIR, max_shard_size='100GB') joins them",
+    "tf_model.h5": "TensorFlow's weights, expected PyTorch's",
+    "*.ckpt*": "TensorFlow's weights, expected PyTorch's",
+    "flax_model.msgpack": "Flax's weights, expected PyTorch's",
+    "adapter_config.json": "an adapter; merge it into the model it belongs to",
+    "checkpoint-*": "a folder of transformers' Trainer; name one of the checkpoints in it",
+    "*/config.json": "a checkpoint in a folder below; name that",
+}
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
@@ -1471,18 +1518,23 @@ def theirs(name: str) -> str:
     return f"{prefix}{_NAMES[module]}.{kind}"
 
 
-def load_config(path: str | Path) -> BertConfig:
-    """Reads config.json. Raises ValueError naming what is not a BERT this file implements."""
+def load_config(path: str | Path, *, head: bool = True) -> BertConfig:
+    """Reads config.json. Raises ValueError naming what is not a BERT this file implements.
+
+    head: False where the classifier is to be a new one, so that what is said of it does not matter.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a checkpoint folder has a config.json")
     with naming(path):
         stored = {**json.loads(path.read_text(encoding="utf-8"))}
         for key, implemented in _IMPLEMENTED.items():
-            if stored.get(key, implemented[0]) not in implemented:
+            matters = head or key != "problem_type"
+            if matters and stored.get(key, implemented[0]) not in implemented:
                 raise ValueError(f"{key} {stored[key]!r}, implemented: {implemented[0]!r}")
         unnamed = {i: f"LABEL_{i}" for i in range(min(stored.get("num_labels", 2), 2**10 + 1))}
-        names = {int(i): str(name) for i, name in (stored.get("id2label") or unnamed).items()}
+        given = stored.get("id2label") if head else {}
+        names = {int(i): str(name) for i, name in (given or unnamed).items()}
         if sorted(names) != list(range(len(names))):
             raise ValueError(f"id2label has the ids {sorted(names)}, expected 0, 1, ...")
         stored["labels"] = tuple(names[i] for i in range(len(names)))
@@ -1495,15 +1547,19 @@ def load_bert(path: str | Path, labels: Sequence[str] | None = None) -> Bert:
     """A BERT from a folder in Hugging Face's layout, in eval mode and fp32.
 
     Names with or without `bert.`, `LayerNorm.gamma`/`beta` and half-precision weights are
-    understood, pre-training heads (`cls.*`) ignored. labels: of a new classifier. A part that is
-    missing (pooler, classifier) is drawn at random, named in `.fresh` and, unless asked for, warned
-    of. Raises FileNotFoundError, or ValueError naming the tensors that do not fit.
+    understood, pre-training heads (`cls.*`) ignored. labels: of a new classifier, in place of all
+    heads there are. A part that is missing (pooler, classifier) is drawn at random, named in
+    `.fresh` and, unless asked for, warned of. Raises FileNotFoundError, or ValueError naming the
+    tensors that do not fit.
     """
-    config = load_config(Path(path) / "config.json")
+    config = load_config(Path(path) / "config.json", head=labels is None)
     source, stored = read_weights(Path(path))
     if labels is not None:
         config = replace(config, labels=tuple(labels))
-        stored = {name: t for name, t in stored.items() if not name.startswith("classifier.")}
+        heads = {n.split(".")[0] for n in stored if not n.startswith("bert.")} - {"classifier"}
+        if heads:
+            print(f"note: {source}: skips {', '.join(sorted(heads))}, other heads", file=sys.stderr)
+        stored = {name: t for name, t in stored.items() if name.startswith("bert.")}
     with torch.device("meta"):  # nothing is taken until the file is known to fit
         shapes = {name: tuple(t.shape) for name, t in Bert(config).state_dict().items()}
     parts = {name.rsplit(".", 1)[0] for name in stored}
@@ -1528,7 +1584,8 @@ def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     path = folder / "model.safetensors"
     path = path if path.is_file() else folder / "pytorch_model.bin"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder}: neither model.safetensors nor pytorch_model.bin in it")
+        told = f"neither model.safetensors nor pytorch_model.bin in it{other_form(folder)}"
+        raise FileNotFoundError(f"{folder}: {told}")
     tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
     stored: dict[str, Tensor] = {}
     with naming(path):
@@ -1545,13 +1602,21 @@ def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     return path, stored
 
 
+def other_form(folder: Path) -> str:
+    """What a folder is that is no checkpoint, '' if it cannot be told."""
+    for pattern, form in _OTHER_FORMS.items():
+        if found := sorted(folder.glob(pattern)):
+            return f"; {found[0].relative_to(folder)}: {form}"
+    return ""
+
+
 def read_pickle(path: Path) -> Any:
     """What torch.save wrote, of tensors and plain values alone: nothing in it is executed."""
     with naming(path):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, OSError):  # whose words advise to execute what is in it
-            raise ValueError("not a file of plain tensors") from None
+        except Exception:  # some of whose words advise to execute what is in it
+            raise ValueError("damaged, or not a file of plain tensors") from None
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
@@ -1598,15 +1663,13 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
 def save_bert(model: Bert, folder: str | Path, tokenizer_from: str | Path | None = None) -> None:
     """Writes tokenizer files, model.safetensors and, last, config.json: Hugging Face's layout.
 
-    tokenizer_from: folder whose tokenizer files are copied, in place of any that are there; raises
-    FileNotFoundError where it has none.
+    tokenizer_from: folder whose tokenizer files take the place of any that are there; raises
+    as `data.tokenizer_files`.
     """
     folder, source = Path(folder), Path(tokenizer_from or "")
     if tokenizer_from:
-        kept = {n: (source / n).read_bytes() for n in _TOKENIZER_FILES if (source / n).is_file()}
-        if not {"tokenizer.json", "vocab.txt"} & kept.keys():
-            raise FileNotFoundError(f"{source}: neither tokenizer.json nor vocab.txt in it")
-        for name in () if process()[0] else {*_TOKENIZER_FILES} - kept.keys():
+        kept = data.tokenizer_files(source, model.config.max_position_embeddings)
+        for name in () if process()[0] else {*data.TOKENIZER_FILES} - kept.keys():
             (folder / name).unlink(missing_ok=True)
         for name, content in kept.items():
             write_file(folder / name, content)
@@ -1622,7 +1685,10 @@ def save_bert(model: Bert, folder: str | Path, tokenizer_from: str | Path | None
 
 
 def checkpoint_folder(path: str, part: str) -> Path:
-    """A folder that is a checkpoint or has one as `part`; else one by its name on the Hub."""
+    """A folder that is a checkpoint or has one as `part`; else one by its name on the Hub.
+
+    Of a finished run that has no student (`finetune`) it is the teacher.
+    """
     folder = Path(path)
     owner = folder.parent != Path() and folder.parent.exists()  # a folder's name, misspelt
     if not folder.exists() and not owner and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
@@ -1632,7 +1698,10 @@ def checkpoint_folder(path: str, part: str) -> Path:
     if (folder / part / "config.json").is_file():
         return folder / part
     there = [name for name in ("teacher", "student") if (folder / name / "config.json").is_file()]
-    hint = f"; {folder / there[0]} is one" if there else ", or the run is not finished"
+    if there == ["teacher"] and (folder / "results.json").is_file():
+        return folder / "teacher"
+    hint = f"; {folder / there[0]} is one" if there else other_form(folder)
+    hint = hint or ", or the run is not finished"
     raise FileNotFoundError(f"{folder}: no checkpoint in it, and no {part}{hint}")
 
 
@@ -1646,7 +1715,8 @@ def download_bert(name: str) -> Path:
     from huggingface_hub import errors, hf_hub_download, snapshot_download
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=["config.json", *_TOKENIZER_FILES]))
+        files = ["config.json", *data.TOKENIZER_FILES]
+        folder = Path(snapshot_download(name, allow_patterns=files))
         try:
             hf_hub_download(name, "model.safetensors", revision=folder.name)
         except errors.EntryNotFoundError:
@@ -1668,6 +1738,9 @@ def match_labels(model: Bert, task: "glue.Task | None", where: Path) -> Bert:
         raise ValueError(f"{where}: no trained {parts}; fine-tune it: --bert {where}")
     if task is None:
         return model
+    if model.config.sentence_pairs not in (None, task.pairs):
+        kinds = ("pairs", "single ones")[:: 1 if task.pairs else -1]
+        raise ValueError(f"{where}: {task.name} has {kinds[0]} of texts, it learnt from {kinds[1]}")
     names, wanted, order = model.config.labels, task.labels or ("score",), None
     for plain in (str, lambda name: name.lower().replace("-", "_").replace(" ", "_")):
         for spelling in (wanted, task.spelling):
@@ -1722,7 +1795,12 @@ def naming(path: str | Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from None
     except Exception as error:  # those of json, torch, numpy have no base class in common
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__} "
-        raise ValueError(f"{path}: {kind}{' '.join(str(error).split())[:300]}") from None
+        told = f"{kind}{' '.join(str(error).split())[:300]}"
+        with suppress(OSError):
+            head = Path(path).open("rb").read(200)
+            if re.match(rb"\s*(<!doctype|<html|version https://git-lfs)", head, re.I):
+                told = "an HTML page or a Git LFS pointer, not the file itself"
+        raise ValueError(f"{path}: {told}") from None
 
 
 def write_file(path: str | Path, *blocks: bytes | memoryview) -> None:
@@ -1804,10 +1882,11 @@ def flags_that_matter(config: DistillConfig, train_set: "glue.Examples") -> dict
 
 def same_flags(out: Path, flags: dict[str, Any], overwrite: bool) -> bool:
     """Whether OUT/run.json has them. Raises ValueError naming what differs, unless overwrite."""
-    path = out / "run.json"
+    path, before = out / "run.json", {}
+    with suppress(*[ValueError] * overwrite), naming(path):
+        before = {**json.loads(path.read_text(encoding="utf-8"))} if path.exists() else {}
+    differing = [name for name in flags if flags[name] != before.get(name)]
     with naming(path):
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        differing = [name for name in flags if flags[name] != before.get(name)]
         if before and differing and not overwrite:
             shown = [f"{n} was {before.get(n)!r}, is {flags[n]!r}" for n in differing]
             how = "give it the same again, or --overwrite to give it up"
@@ -1877,7 +1956,7 @@ class Log:
         rate: examples per second; size: examples per step.
         """
         kept = step % self.every == 0 or step == steps
-        if not kept and (process()[1] > 1 or not self.due(math.inf)):
+        if not kept and (process()[1] > 1 or not self.due(15)):
             return
         values = torch.stack([term.detach() for term in terms.values()])
         if dist.is_initialized():
@@ -1886,13 +1965,16 @@ class Log:
         if kept:
             told = {"loss": sum(numbers.values()), **numbers, "lr": lr, "examples_per_second": rate}
             self.write(step=step, steps=steps, **told)
-        shown = " ".join(f"{name} {number:.3f}" for name, number in numbers.items())
+        shown = " ".join(
+            f"{name} {f'{number:.3f}'[:5] if number < 99_999 else f'{number:.0e}'}"
+            for name, number in numbers.items()
+        )
         self.show(step, steps, (steps - step) * size, rate, shown)
 
     def show(self, done: int, total: int, left: int, rate: float, what: str) -> None:
         """A line of 80 columns; on a terminal the next takes its place, unless it is the last."""
         minutes, seconds = divmod(round(left / rate), 60)
-        line = f"{self.phase} {done:5}/{total} {rate:.0f}/s eta {minutes}:{seconds:02d} | {what}"
+        line = f"{self.phase} {done:5}/{total} {rate:.0f}/s -{minutes}:{seconds:02d} | {what}"
         if self.live:
             width = shutil.get_terminal_size().columns - 1
             line = "\r" + line[:width].ljust(width)
@@ -1907,7 +1989,9 @@ def resolve_device(name: str) -> torch.device:
     """'auto' is CUDA, else MPS, else the CPU. Raises ValueError for one that is not there."""
     here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     name = [*here, "cpu"][0] if name == "auto" else name
-    if not (re.fullmatch(r"\w+(:\d+)?", name) and name.split(":")[0] in [*here, "cpu"]):
+    kind, _, index = name.partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if kind not in [*here, "cpu"] or not (index or "0").isdecimal() or int(index or 0) >= count:
         raise ValueError(f"device '{name}' is not there; auto takes the best of cuda, mps and cpu")
     return torch.device(name)
 
@@ -1921,10 +2005,11 @@ def has_fast_bf16(device: torch.device) -> bool:
     return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
-def autocast(config: DistillConfig) -> torch.autocast:
+def autocast(config: DistillConfig) -> AbstractContextManager[Any]:
     """The precision of a forward pass: fp32 unless config.precision, once settled, is bf16."""
-    device = resolve_device(config.device).type
-    return torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16")
+    if config.precision != "bf16":
+        return nullcontext()  # some devices of some versions refuse even an autocast that is off
+    return torch.autocast(resolve_device(config.device).type, torch.bfloat16)
 
 
 def ship(tensor: Tensor, device: torch.device) -> Tensor:
@@ -1937,6 +2022,45 @@ def ship(tensor: Tensor, device: torch.device) -> Tensor:
 def process() -> tuple[int, int]:
     """This process's rank, and how many train together: 0 and 1 without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def process_here() -> tuple[int, int]:
+    """The same among this machine's processes: all there are, unless torchrun says otherwise."""
+    (rank, count), said = process(), os.environ if dist.is_initialized() else {}
+    return int(said.get("LOCAL_RANK", rank)), int(said.get("LOCAL_WORLD_SIZE", count))
+
+
+def share(own: Tensor) -> Tensor | float:
+    """What the mean over this process's rows (B, ...) counts in a mean over the processes, about 1.
+
+    Processes whose gradients are averaged may have one row more or less than others.
+    """
+    if not dist.is_initialized():
+        return 1.0
+    rows = torch.full((), len(own), dtype=torch.float32, device=own.device)
+    dist.all_reduce(rows)
+    return len(own) * process()[1] / rows
+
+
+@contextmanager
+def interrupt_held() -> Iterator[list[int]]:
+    """Inside, the first Ctrl-C only fills the list; nothing is done where others see to it."""
+    asked: list[int] = []
+
+    def hold(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    ours = threading.current_thread() is threading.main_thread()
+    ours = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, hold)
+    try:
+        yield asked
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def barrier() -> None:
@@ -1978,7 +2102,7 @@ def map_features(path: Path, shape: tuple[int, ...], *, new: bool = False) -> Te
 
     Filling a file beyond its end a full disk would kill the process; here it is an OSError.
     """
-    if new and not int(os.environ.get("LOCAL_RANK", 0)):
+    if new and not process_here()[0]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with naming(path), path.open("wb") as file:
             for _ in range(shape[0]):
@@ -2042,7 +2166,8 @@ _COMMANDS: dict[str, tuple[Callable[[DistillConfig], Any], str, str]] = {
                  "--task RTE --bert google-bert/bert-base-uncased --out runs/RTE"),
     "ablate": (ablate, _DISTIL + "the machine, the ablation",
                "--rows full,layers=1,lr=1e-4+no-gan --seeds 0,1 --out runs/ablation"),
-    "evaluate": (evaluate, "the data, checkpoint, split, the machine", "runs/MRPC --task MRPC"),
+    "evaluate": (evaluate, "the data, checkpoint, split, json, the machine",
+                 "runs/MRPC --task MRPC"),
     "predict": (predict, "the data, out, what to answer, the machine",
                 'runs/MRPC "He left at noon." "At noon he went away."'),
     "row": (distill, "the student, the method, training", ""),  # of an ablation: no command
@@ -2120,6 +2245,16 @@ def parse(words: Sequence[str]) -> tuple[str, DistillConfig]:
     return command, DistillConfig(**vars(chosen))
 
 
+def what_is_wrong(error: Exception) -> str:
+    """What to tell the user; an error that is no fault of data, options or machine is raised."""
+    if isinstance(error, (OSError, ValueError)):
+        return str(error)
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate", str(error)):
+        told = " ".join(str(error).split())[:200]
+        return f"out of memory, a smaller --batch-size or --max-length takes less: {told}"
+    raise error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; a user's mistake is one line on stderr and exit code 2."""
     words, config = list(sys.argv[1:] if argv is None else argv), DistillConfig()
@@ -2142,13 +2277,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has seen enough
         sys.stdout = open(os.devnull, "w")
         return 0 if config.checkpoint else 1
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MemoryError, RuntimeError) as error:
         where = f" in process {process()[0]}" if process()[0] else ""
-        print(f"error{where}: {error}", file=sys.stderr)
+        print(f"error{where}: {what_is_wrong(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         found = [] if config.checkpoint else sorted(Path(config.out or "out").glob("**/*.state"))
-        how = f"; the same command continues from {found[0]}" if found else ""
+        how = f"; the same command continues from {found[0]}" if found else "; nothing was kept yet"
+        how *= not config.checkpoint
         print(f"interrupted{how}", file=sys.stderr)
         return 130
     return 0

@@ -300,10 +300,15 @@ def test_a_file_of_sentences_or_pairs(files, capsys):  # noqa: F811
     texts = gathered(files, "SST-2", [*mine, "", " ", "\t"])
     assert not {"", " "} & {*texts} and len(texts) == 80 and {mine[0], mine[1]} <= {*texts}
     assert "left" in texts and "and right" in texts and not any(dev in t.lower() for t in texts)
-    assert f"(5 texts of {files / 'mine.txt'} before" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert f"(5 of 5 texts of {files / 'mine.txt'} before" in told.out
+    assert told.err == f"note: of {files / 'mine.txt'} 1 are pairs, read as two texts each\n"
     many = gathered(files, "SST-2", [f"number {i}" for i in range(500)])
     assert len(many) == 80 and all(text.startswith("number") for text in many)
-    assert gathered(files, "SST-2", mine, ratio=0) == []
+    assert len(gathered(files, "SST-2", [f"number {i}" for i in range(500)], ratio=-1)) == 500
+    assert "(500 of 500 texts of" in capsys.readouterr().out  # and not 4 to an example
+    with pytest.raises(ValueError, match="--transfer and --transfer-ratio 0 exclude each other"):
+        gathered(files, "SST-2", mine, ratio=0)
     pairs = gathered(files, "RTE", ["one\ttwo", "alone", "three\tfour"])
     assert ("one", "two") in pairs and ("three", "four") in pairs
     assert all(isinstance(text, tuple) and len(text) == 2 for text in pairs)

@@ -97,6 +97,132 @@ def test_tokens_equal_transformers(tmp_path, lower):
         assert encoded.type_ids[start:stop].tolist() == expected["token_type_ids"][0]
 
 
+NAMED = {"unk_token": "hot", "cls_token": "[MASK]", "sep_token": "!"}
+ODD, FREE = "[CLS] [UNK] {} un ! [UNK] {} ete [SEP]", "[UNK] [UNK] [UNK]"  # <, o, > without it
+O_IS_28 = {"28": {"content": "<O>", "special": True}}
+FOLDERS = [  # what stands beside the words, and tokens of "my <O> un!ly <o> Été"
+    ("added_tokens.json", {"<O>": 28}, ODD.format("<o>", "<o>")),  # no special one: normalised
+    ("tokenizer_config.json", {"added_tokens_decoder": O_IS_28}, ODD.format("<O>", FREE)),
+    ("tokenizer_config.json", {"additional_special_tokens": ["<O>"]}, ODD.format("<O>", FREE)),
+    ("tokenizer_config.json", {"extra_special_tokens": ["<O>"]}, ODD.format("<O>", FREE)),
+    ("special_tokens_map.json", {"additional_special_tokens": ["<O>"]}, ODD.format("<O>", FREE)),
+    ("tokenizer_config.json", NAMED, "[MASK] hot hot hot hot un ! hot hot hot hot ete !"),
+    ("special_tokens_map.json", NAMED, "[MASK] hot hot hot hot un ! hot hot hot hot ete !"),
+    ("tokenizer_config.json", {"do_lower_case": False, "truncation_side": "left"}, "Été [SEP]"),
+    ("tokenizer_config.json", {"strip_accents": False}, "été [SEP]"),
+    ("tokenizer_config.json", {"model_max_length": 24, "split_special_tokens": True}, "ete [SEP]"),
+]
+STORED = {  # by a tokenizer.json beside a silent config, which transformers would not honour
+    "cased": {"normalizer": normalizers.BertNormalizer(lowercase=False)},
+    "accents": {"normalizer": normalizers.BertNormalizer(strip_accents=False)},
+    "chinese": {"normalizer": normalizers.BertNormalizer(handle_chinese_chars=False)},
+    "sequence": {"normalizer": normalizers.Sequence([normalizers.NFD(), normalizers.Lowercase()])},
+    "words": {"pre_tokenizer": pre_tokenizers.WhitespaceSplit()},
+    "segments": {"post_processor": processors.TemplateProcessing(
+        "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:0 [SEP]:0", [("[CLS]", 2), ("[SEP]", 3)])},
+}  # fmt: skip
+
+
+def read_alike(folder, here, there):
+    """What ours reads in `here` is what transformers reads in `there`, and is returned."""
+    transformers = pytest.importorskip("transformers")
+    (there / "config.json").write_text('{"model_type": "bert"}')
+    ours, other = data.load_tokenizer(here, 20), transformers.AutoTokenizer.from_pretrained(there)
+    for text in [*TEXTS, *PAIRS, "a <O>b <s> [SEP] hot", ("Été <O>", "b a " * 30)]:
+        sides = [text] if isinstance(text, str) else text
+        found = ours.encode(*sides)
+        expected = other(*[[side] for side in sides], truncation=True, max_length=20)
+        assert found.ids == expected["input_ids"][0]
+        assert found.type_ids == expected["token_type_ids"][0]
+    return " ".join(ours.encode("my <O> un!ly <o> Été").tokens), other.model_max_length
+
+
+def copied(folder):
+    """A folder with the tokenizer files that go beside a student of 40 positions."""
+    (folder / "copy").mkdir()
+    for name, content in data.tokenizer_files(folder, 40).items():
+        (folder / "copy" / name).write_bytes(content)
+    return folder / "copy"
+
+
+@pytest.mark.parametrize("form", ["vocab.txt", "tokenizer.json"])
+@pytest.mark.parametrize("name, content, tokens", FOLDERS, ids=range(len(FOLDERS)))
+def test_a_folder_means_what_it_says(tmp_path, form, name, content, tokens):
+    """Catches added tokens cut up, other special tokens or switches ignored, and a copy of the
+    folder, as beside a student, that `transformers` reads otherwise than it was read here.
+    """
+    (checkpoint(tmp_path, form) / name).write_text(json.dumps(content))
+    copy, most = copied(tmp_path), 24 if "24" in str(content) else 40
+    for here in (tmp_path, copy):
+        assert read_alike(tmp_path, here, copy) == (read_alike(tmp_path, here, tmp_path)[0], most)
+        assert read_alike(tmp_path, here, copy)[0].endswith(tokens)
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_what_tokenizer_json_says_is_said_to_transformers(tmp_path, kind):
+    """Catches a student that is cased here and lower-cased there, and so on."""
+    tokenizer = data.load_tokenizer(checkpoint(tmp_path, "tokenizer.json"))
+    for part, value in STORED[kind].items():
+        setattr(tokenizer, part, value)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    before = [data.load_tokenizer(tmp_path).encode(text).ids for text in TEXTS]
+    assert before == [tokenizer.encode(text).ids for text in TEXTS]
+    copy = copied(tmp_path)
+    read_alike(tmp_path, tmp_path, copy), read_alike(tmp_path, copy, copy)
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize(
+    "kind", ["BertJapaneseTokenizer", "RobertaTokenizerFast", "BertweetTokenizer"]
+)
+def test_another_kind_of_tokenizer_is_refused(tmp_path, place, kind):
+    """Catches word pieces made of a text that the checkpoint wants cut otherwise."""
+    (checkpoint(tmp_path) / place).write_text(json.dumps({"tokenizer_class": kind}))
+    with pytest.raises(ValueError, match=f"tokenizer_class is {kind}, expected BERT's"):
+        data.load_tokenizer(tmp_path)
+    (tmp_path / place).write_text('{"tokenizer_class": "BertTokenizerFast"}')
+    assert data.load_tokenizer(tmp_path).encode("hot").tokens == ["[CLS]", "hot", "[SEP]"]
+    Tokenizer(models.WordLevel({"[UNK]": 0}, "[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="tokenizer.json.*its model is WordLevel, expected WordP"):
+        data.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["vocab.txt", "tokenizer.json"])
+def test_the_side_that_is_cut(tmp_path, form):
+    """Catches texts cut at their end although the checkpoint cuts their beginning."""
+    checkpoint(tmp_path, form, truncation_side="left")
+    assert data.load_tokenizer(tmp_path, 4).encode("the soup was hot").tokens[1:-1] == [
+        "was",
+        "hot",
+    ]
+    if form == "tokenizer.json":
+        (tokenizer := Tokenizer.from_file(str(tmp_path / form))).enable_truncation(
+            9, direction="left"
+        )
+        tokenizer.save(str(tmp_path / form))
+        (tmp_path / "tokenizer_config.json").unlink()
+        assert data.load_tokenizer(tmp_path, 3).encode("the soup was hot").tokens[1:-1] == ["hot"]
+    with pytest.raises(ValueError, match="truncation_side|direction|middle"):
+        data.load_tokenizer(checkpoint(tmp_path, form, truncation_side="middle"))
+
+
+def test_added_tokens_need_their_own_rows(tmp_path):
+    """Catches a token that is read with another's embedding."""
+    (checkpoint(tmp_path) / "added_tokens.json").write_text('{"<O>": 30}')
+    with pytest.raises(ValueError, match="added token <O> is 28, expected 30"):
+        data.load_tokenizer(tmp_path)
+
+
+def test_cased_words_that_are_never_met_are_noted(tmp_path, capsys):
+    """Catches a cased vocab.txt that is lower-cased without a word, and a note without need."""
+    data.load_tokenizer(checkpoint(tmp_path))
+    told = f"note: {tmp_path} lower-cases texts, so its 2 words with capitals, such as Ete, are nev"
+    assert capsys.readouterr().err.startswith(told)
+    data.load_tokenizer(checkpoint(tmp_path, do_lower_case=True))
+    data.load_tokenizer(checkpoint(tmp_path, vocab=[word for word in VOCAB if "t" not in word]))
+    assert capsys.readouterr().err == ""
+
+
 def test_truncation_takes_from_the_longer_side(tokenizer):
     """Catches a short question cut off for the sake of a long sentence, or max_length overrun."""
     short, long = "the soup", "a b " * 30
@@ -356,7 +482,10 @@ def test_script(tmp_path, capsys):
     shown = ["{:16}  {:>6}  segment {}".format(*row.split()) for row in rows.split(", ")]
     refused = f"error: {missing}: neither tokenizer.json nor vocab.txt in it\n"
     runs = [
-        ([checkpoint(tmp_path), "Unhot", "!"], (0, "\n".join(shown) + "\n", "")),
+        (
+            [checkpoint(tmp_path, do_lower_case=True), "Unhot", "!"],
+            (0, "\n".join(shown) + "\n", ""),
+        ),
         ([missing, "hot"], (2, "", refused)),
     ]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -15,6 +15,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_glue import REAL, put, real
 
@@ -79,7 +80,7 @@ def test_classes_are_sorted_numbers_by_value(tmp_path):
 
 def test_scores_of_your_own(tmp_path):
     """Catches scores held to GLUE's 0..5, rounded to its three digits, or class metrics."""
-    task = glue.own_task(own(tmp_path, ["a|-40", "b|1e3", "c|.25"]), regression=True)
+    task = glue.own_task(own(tmp_path, ["a|-40", "b|1e3", "c|.25"], []), regression=True)
     assert task.regression and task.metrics == ("pearson", "spearman")
     assert glue.read(task, "", "train").labels.tolist() == [-40.0, 1000.0, 0.25]
     assert glue.values(task, [-40.25, 1234.5]) == ["-40.25", "1234.5"]
@@ -126,6 +127,107 @@ def test_broken_data_of_your_own(tmp_path, header, train, dev, regression, messa
         for split in ("train", "dev") if dev else ("train",):
             glue.read(task, "", split)
     assert str(error.value).startswith(str(tmp_path / message))
+
+
+CSV = 'sentence;label\r\n"one, ""two""\nthree";a\r\nfour;b\r\n'
+
+
+@pytest.mark.parametrize("name", ["train.tsv", "train.csv", "mine.csv", "dev.tsv"])
+@pytest.mark.parametrize("command", [glue.find_task, glue.check])
+def test_a_csv_is_asked_for_and_converted_as_told(tmp_path, name, command, capsys):
+    """Catches a CSV taken for one odd column, and advice that does not work."""
+    own(tmp_path, ["x|a", "y|b"] if name == "dev.tsv" else None)
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + CSV.encode())
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        task = command(str(tmp_path / name if name == "mine.csv" else tmp_path))
+        raise ValueError(capsys.readouterr().out if task is False else glue.read(task, "", "dev"))
+    told = str(error.value).partition("is this a CSV? Three lines of Python make TSV of it:\n")[2]
+    exec("\n".join(told.strip().split("\n")[:3]))
+    task = glue.own_task(tmp_path)
+    texts, labels = glue.read(task, "", "dev" if name == "dev.tsv" else "train")
+    both = texts if name == "dev.tsv" else texts + glue.read(task, "", "dev").texts
+    assert sorted(both) == ["four", 'one, "two" three'] and task.labels == ("a", "b")
+
+
+@pytest.mark.parametrize("raw, message", [
+    ("sentence\tlabel\nx\ta\n".encode("utf-16"), "train.tsv: UTF-16 text, expected UTF-8"),
+    ("sentence\tlabel\nx\ta\n".encode("utf-16-be"), "train.tsv: UTF-16 text, expected UTF-8"),
+    (b"sentence\tlabel\nx\ta\nSentence\tLabel\ny\tb\n", "train.tsv:3: the header again"),
+    (b"sentence\tlabel\nx\ta\nlabel\tsentence\ny\tb\n", "train.tsv:3: the header again"),
+])  # fmt: skip
+def test_files_that_are_not_what_they_seem(tmp_path, raw, message):
+    """Catches a file of Excel's called broken bytes, and a class that is named 'label'."""
+    put(tmp_path / "train.tsv", raw)
+    with pytest.raises(ValueError, match=message):
+        glue.read(glue.own_task(tmp_path), "", "train")
+
+
+def test_lines_may_end_as_on_an_old_mac(tmp_path):
+    """Catches a file of carriage returns read as one header, and a text of one cut in two."""
+    put(tmp_path / "train.tsv", b"sentence\tlabel\rx\ta\ry\tb\r")
+    put(tmp_path / "dev.tsv", b"sentence\tlabel\nx\ry\ta\n")
+    task = glue.own_task(tmp_path)
+    assert glue.read(task, "", "train").texts == ["x", "y"]
+    assert glue.read(task, "", "dev").texts == ["x\ry"]
+
+
+def test_odd_classes_and_quotes_are_noted_once(tmp_path, capsys):
+    """Catches empty cells that become a class without a word, and texts that Excel has quoted."""
+    rows = ["x|billing", '"a ""b"" c"|Billing', "y|N/A", "z|nan", '"w"|0', "v|delivery"]
+    for _ in range(2):
+        assert len(glue.read(glue.own_task(own(tmp_path, rows, [])), "", "train").texts) == 6
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: {tmp_path}/train.tsv: classes that look like empty cells or like each other: "
+        "'Billing' at line 3, 'N/A' at line 4, 'billing' at line 2, 'nan' at line 5",
+        f"note: {tmp_path}/train.tsv:3: a text in quotes, which are read as part of it",
+    ]
+    own(tmp_path / "b", rows, rows)
+    assert run("check", tmp_path / "b") == 0 and "'N/A' at line 4" in capsys.readouterr().err
+    glue.own_task(own(tmp_path / "c", ["x|a", 'say "y" now|b']))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_tenth_of_train_stands_in_for_dev(tmp_path, pairs, capsys):
+    """Catches texts in both parts, a split that differs from run to run, and a dev.tsv ignored."""
+    header = "sentence1|sentence2|label" if pairs else "sentence|label"
+    rows = [f"a{i % 40}|" + f"b{i % 40}|" * pairs + "xy"[i % 2] for i in range(80)]
+    task = glue.own_task(own(tmp_path, rows, header=header))
+    parts = [glue.read(task, "", split) for split in ("train", "dev", "dev")]
+    assert len(parts[1].texts) == 8 and sum(len(part.texts) for part in parts[:2]) == 80
+    assert not {*parts[0].texts} & {*parts[1].texts} and parts[1].texts == parts[2].texts
+    for texts, labels in parts:
+        numbers = [int((text[0] if pairs else text)[1:]) for text in texts]
+        assert [number % 2 for number in numbers] == labels.tolist()
+    assert [*glue.text_beside(task, tmp_path)[1]] == sum(
+        map(list, parts[1].texts), []
+    ) * pairs or not pairs
+    assert capsys.readouterr().err.count("a tenth of train.tsv, by a hash of the text") == 1
+    assert run("check", tmp_path) == 0
+    own(tmp_path, None, rows[:1], header=header)
+    assert len(glue.read(task, "", "train").texts) == 80
+
+
+def test_scores_of_each_class():
+    """Catches precision and recall changed about, and a class that nobody says or has."""
+    task = glue.Task("t", ("s",), labels=("a", "b", "c", "d"))
+    found = glue.class_scores(task, [0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 0, 0])
+    assert found["a"] == {"precision": 50.0, "recall": pytest.approx(200 / 3), "n": 3,
+                          "f1": pytest.approx(400 / 7)}  # fmt: skip
+    assert found["b"] == {"precision": 50.0, "recall": 50.0, "f1": 50.0, "n": 2}
+    assert found["c"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "n": 1}
+    assert found["d"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "n": 0}
+    sklearn = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    labels, said = rng.integers(0, 4, 500), rng.integers(0, 4, 500)
+    report = sklearn.classification_report(labels, said, output_dict=True)
+    for i, row in enumerate(glue.class_scores(task, labels, said).values()):
+        theirs = report[str(i)]
+        assert row["n"] == theirs["support"] and row["f1"] == pytest.approx(
+            100 * theirs["f1-score"]
+        )
+        assert row["precision"] == pytest.approx(100 * theirs["precision"])
+        assert row["recall"] == pytest.approx(100 * theirs["recall"])
 
 
 def test_files_of_your_own_that_lack_something(tmp_path):
@@ -278,8 +380,6 @@ def test_check_of_your_own_data(tmp_path, capsys):
     own(tmp_path, ["x|1", "y|2.5"], ["z|2"])
     assert run("check", tmp_path, "--regression") == 0
     assert "1 to 2.5" in capsys.readouterr().out
-    (tmp_path / "dev.tsv").unlink()
-    assert run("check", tmp_path) == 1
     own(tmp_path, ["x|1", "y|1"])
     assert run("check", tmp_path) == 1
     assert "train.tsv: 1 labels, expected 2 to 1024" in capsys.readouterr().err

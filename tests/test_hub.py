@@ -17,6 +17,7 @@ import torch
 from conftest import slow
 from test_run import few_steps, files, shape  # noqa: F401
 
+import data
 import microbert
 from microbert import Bert, load_bert, main, save_bert
 
@@ -134,7 +135,11 @@ def test_a_checkpoint_by_name(root, hub, files, capsys):
     commands = [ask(name) for name in (*found, *wrong)]
     answers = in_new_process(root, files, commands, HF_ENDPOINT=hub.url)
     assert {file for method, file, _ in hub.asked if method == "GET" and file} <= {
-        "config.json", "model.safetensors", "pytorch_model.bin", "vocab.txt"}  # fmt: skip
+        "config.json",
+        "model.safetensors",
+        "pytorch_model.bin",
+        *data.TOKENIZER_FILES,
+    }
     assert answers[:4] == [[0, expected, ""]] * 4
     got = [file for method, file, _ in hub.asked if method == "GET"]
     assert got.count("model.safetensors") == 3  # of acme/tiny, tiny-bert and acme/bare once each

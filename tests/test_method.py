@@ -444,16 +444,16 @@ def test_train_shows_every_row_in_every_epoch_and_logs_terms(tmp_path):
     assert sorted(seen) == sorted([*range(37), *range(37)]) and len(log.steps) == 10
     assert seen[:37] != seen[37:] and {"hard", "soft", "align", "adv"} < {*log.steps[0]}
     rates = [step["lr"] for step in log.steps]
-    assert max(rates) == pytest.approx(1e-3) and rates[-1] < 0.2e-3 and not student.training
+    assert 0.9e-3 < max(rates) < 1e-3 and 0 < rates[-1] < 0.2e-3 and not student.training
     assert all(torch.equal(frozen[name], t) for name, t in teacher.state_dict().items())
 
 
 def run_of(folder, config, encoded, labels):
     """What stages and `fit` need of a run."""
-    (folder / "vocab.txt").write_text("a")
+    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\na\n")
     return SimpleNamespace(
         config=config, out=folder / "out", source=folder, unit=(0.0, 1.0), log=Quiet(), results={},
-        encoded=encoded, labels=labels, task=SimpleNamespace(labels=TINY.labels),
+        encoded=encoded, labels=labels, task=SimpleNamespace(labels=TINY.labels, pairs=False),
     )  # fmt: skip
 
 
@@ -471,7 +471,12 @@ def test_last_passes_learn_the_labels_alone(tmp_path):
     assert all({"hard", "soft", "align", "adv"} < {*step} for step in steps[:10])
     assert all(step["loss"] == step["hard"] and "soft" not in step for step in steps[10:])
     rates = [step["lr"] for step in steps]
-    assert rates[10] == 0 and max(rates[10:]) > 0.9e-3 and rates[-1] < 0.2e-3 and rates[9] < 0.2e-3
+    assert (
+        0 < rates[10] < 0.9e-3
+        and max(rates[10:]) > 0.9e-3
+        and rates[-1] < 0.2e-3
+        and rates[9] < 0.2e-3
+    )
     _, student, _, objective, _ = objective_of(tmp_path)  # by hand: two trainings
     microbert.train(student, encoded, objective, config, Quiet(), epochs=2, lr=1e-3)
     last = microbert.of_labels(run.labels, 2, config)

@@ -451,7 +451,7 @@ def test_steps_that_are_not_finite_move_nothing():
     optimizer = microbert.adamw(model, 1e-3, 0.01)
     for scale in (1.0, torch.inf, 1.0, 1.0):
         terms = {"hard": scale * model(torch.tensor([[1, 2]])).logits.square().sum()}
-        norm = microbert.update(model, optimizer, terms, 1.0, broken)
+        norm = microbert.update(model, optimizer, terms, 1e-3, 1.0, broken)
         ends.append([parameter.clone() for parameter in model.parameters()])
     assert all(torch.equal(*pair) for end in ends[1:] for pair in zip(ends[0], end))
     with pytest.raises(
@@ -589,9 +589,12 @@ def test_damaged_weights_do_not_answer(student, files, capsys):
 
 def test_tokenizer_files_do_not_mix(student, files, capsys):
     """Catches words of one BERT under the weights of another, and a model without its words."""
-    data.load_tokenizer(files / "bert").save(str(student / "tokenizer.json"))
-    save_bert(load_bert(student), student, files / "bert")  # which has a vocab.txt alone
-    assert not (student / "tokenizer.json").exists() and (student / "vocab.txt").exists()
+    words = (files / "bert/vocab.txt").read_text()
+    (files / "bert/vocab.txt").write_text(words.replace("cat\n", "cow\n"))
+    (student / "added_tokens.json").write_text('{"<old>": 999}')
+    save_bert(load_bert(student), student, files / "bert")
+    assert data.load_tokenizer(student).encode("cow cat").tokens[1] == "cow"
+    assert not (student / "added_tokens.json").exists() and (student / "vocab.txt").exists()
     before = (student / "config.json").read_bytes()
     with pytest.raises(FileNotFoundError, match="neither tokenizer.json nor vocab.txt"):
         save_bert(Bert(shape(num_hidden_layers=1)), student, files / "glue")

@@ -188,7 +188,7 @@ def test_the_closing_table_compares_with_plain_fine_tuning(files, capsys, monkey
     for (name, title), row in zip((called | {"student": "MicroBERT"}).items(), rows, strict=True):
         found, speeds = results[name], results["examples_per_second"]
         rate = f"{speeds['teacher' if name == 'teacher' else 'student']:,.0f}"
-        size = (str(found["layers"]), f"{found['parameters']:,}", str(found["megabytes"]))
+        size = (str(found["layers"]), f"{found['parameters']:,}", f"{found.get('updates', 0):,}")
         assert row[:5] == (title, *size, rate)
         assert float(row[5]) == pytest.approx(found["score"], abs=0.006)
         updates = {"teacher": 10, "baseline": 10, "student": 23}
@@ -613,8 +613,8 @@ def test_a_terminal_has_a_live_line(files, monkeypatch, capsys):
     assert [piece.split()[:2] for piece in pieces] == [["student", f"{i}/8"] for i in range(1, 9)]
     assert {len(piece) for piece in pieces[:-1]} == {79}
     for piece in pieces:
-        assert "eta" in piece and re.search(r"hard \d.*soft \d.*align \d.*adv \d\.\d\d", piece)
-    assert [line for line in lines if re.match(r"\rcache .*eta 0:00 \| texts *$", line)]
+        assert re.search(r" -0:\d\d \| hard \d.*soft \d.*align \d.*adv \d\.\d\d\d", piece)
+    assert [line for line in lines if re.match(r"\rcache .*/s -0:00 \| texts *$", line)]
     assert [event["step"] for event in steps_of(files / "out")] == [5, 8]
     seen, hard_loss = [], microbert.hard_loss
 
@@ -644,7 +644,13 @@ def test_what_is_left_is_told_in_minutes(capsys):
     """Catches a rate that is multiplied, and seconds beyond 59."""
     for left, rate in ((90, 2.0), (150, 0.5)):
         microbert.Log(None).show(1, 9, left, rate, "texts")
-    assert [line.split()[4] for line in capsys.readouterr().out.splitlines()] == ["0:45", "5:00"]
+    assert [line.split()[3] for line in capsys.readouterr().out.splitlines()] == ["-0:45", "-5:00"]
+    terms = {name: torch.tensor(9.8765) for name in ("hard", "soft", "align", "adv")}
+    (log := microbert.Log(None, 1)).phase = "student"
+    log.step(12345, 67890, terms, 1e-3, 2077.0, 1)
+    assert len(line := capsys.readouterr().out.rstrip()) <= 79 and line.endswith("adv 9.877")
+    log.step(1, 2, {"hard": torch.tensor(1234567.0), "soft": torch.tensor(123.456)}, 0, 1.0, 1)
+    assert capsys.readouterr().out.endswith("hard 1e+06 soft 123.4\n")
 
 
 def test_a_folder_without_a_student_says_what_it_has(files, capsys):
@@ -655,7 +661,12 @@ def test_a_folder_without_a_student_says_what_it_has(files, capsys):
     assert run(files, "finetune", *made, *options) == 0
     shown = capsys.readouterr().out
     assert "[SEP] -> 100\n" in shown and "[SEP] -> 250.5\n" in shown
+    assert main(["predict", str(files / "out"), "a"]) == 0  # its teacher
+    assert run(files, "evaluate", files / "out", "--task", files / "mine", "--device", "cpu") == 0
+    (files / "out/results.json").rename(files / "out/results")
+    capsys.readouterr()
     refused(capsys, main(["predict", str(files / "out"), "a"]), "out/teacher is one")
+    (files / "out/results").rename(files / "out/results.json")
     refused(capsys, main(["predict", str(files / "mine"), "a"]), "no checkpoint in it")
     (line,) = re.findall(r"^next: python microbert.py (.*)$", shown, flags=re.M)
     assert main([*shlex.split(line), *QUICK, "--force"]) == 0  # as it is printed

@@ -1313,6 +1313,7 @@ def open_ablation(
         start_layers(settle(asked), depth)
     flags = flags_that_matter(own, train_set)
     flags |= {n: getattr(config, n) for n in ("task", "data_dir", "bert", "teacher", "seed")}
+    flags["crc of the weights"] = zlib.crc32(read_weights(source)[0].read_bytes())
     if not same_flags(out, flags, config.overwrite) and config.overwrite:
         for path in (*out.glob("seed-*/results.json"), *out.glob("seed-*/*/results.json")):
             path.unlink()
@@ -2044,22 +2045,20 @@ def share(own: Tensor) -> Tensor | float:
 
 @contextmanager
 def interrupt_held() -> Iterator[list[int]]:
-    """Inside, the first Ctrl-C only fills the list; nothing is done where others see to it."""
+    """Inside, the first Ctrl-C fills the list, no more; nothing changes where others handle it."""
     asked: list[int] = []
 
     def hold(number: int, frame: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
         asked.append(number)
+        signal.signal(number, signal.default_int_handler)
 
-    ours = threading.current_thread() is threading.main_thread()
-    ours = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if ours:
+    main_thread = threading.current_thread() is threading.main_thread()
+    if main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, hold)
     try:
         yield asked
     finally:
-        if ours:
+        if signal.getsignal(signal.SIGINT) is hold:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

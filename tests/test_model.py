@@ -253,6 +253,81 @@ def test_every_misfit_is_named(folder, kind):
     assert all(part in str(error.value) for part in told), error.value
 
 
+def test_of_other_heads_the_encoder_is_taken(folder, capsys):
+    """Catches a pre-trained BERT that is refused for a head it loses, and a fine-tuned one that is
+    taken although its head is another's.
+    """
+    edit(folder, problem_type="multi_label_classification", id2label={"0": "a", "7": "a"},
+         pad_token_id=None)  # fmt: skip
+    stored = microbert.read_weights(folder)[1]
+    heads = {"fit_dense.weight": torch.ones(3, 2), "qa_outputs.bias": torch.ones(2),
+             "qa_outputs.n": torch.tensor([1]), "classifier.weight": torch.ones(9, 7)}  # fmt: skip
+    repack(folder, stored | heads)
+    found = load_bert(folder, labels=("x", "y", "z")).state_dict()
+    source = microbert.read_weights(folder)[0]
+    assert capsys.readouterr().err == f"note: {source}: skips fit_dense, qa_outputs, other heads\n"
+    assert torch.equal(found["pooler.weight"], stored["bert.pooler.dense.weight"])
+    assert found["classifier.weight"].shape == (3, 8)
+    with pytest.raises(ValueError, match="problem_type 'multi"):
+        load_bert(folder)
+    edit(folder, problem_type=None, id2label={"0": "a", "1": "b"})
+    with pytest.raises(ValueError, match="fit_dense.weight.*qa_outputs.bias"):
+        load_bert(folder)
+    repack(folder, stored)
+    save_bert(load_bert(folder), folder / "copy")
+    assert load_bert(folder / "copy").config.pad_token_id is None
+    repack(folder, stored | {"bert.encoder.layer.9.output.dense.bias": torch.ones(8)})
+    with pytest.raises(ValueError, match="layer.9"):  # no head's
+        load_bert(folder, labels=("x", "y"))
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 438\n"
+
+
+@pytest.mark.parametrize("content", [POINTER, b"\n<!DOCTYPE html><p>Not found</p>"])
+@pytest.mark.parametrize("name", [
+    "model.safetensors", "pytorch_model.bin", "config.json", *data.TOKENIZER_FILES])  # fmt: skip
+def test_what_was_downloaded_in_place_of_a_file_is_named(folder, name, content):
+    """Catches broken JSON, odd headers or an unknown [UNK] told where a pointer or a page lies."""
+    if name == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\na\n")
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}.*an HTML page or a Git LFS pointer") as error:
+        data.load_tokenizer(folder) if name in data.TOKENIZER_FILES else load_bert(folder)
+    assert "weights_only" not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x02}q\x00.", b"PK\x03\x04" + bytes(99), b"ustar"])
+def test_broken_pickles_come_without_advice(folder, content):
+    """Catches torch's advice to run what is in a file."""
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(ValueError, match="pytorch_model.bin") as error:
+        load_bert(folder)
+    assert not any(word in str(error.value) for word in ("weights_only", "trust", "\n"))
+
+
+@pytest.mark.parametrize("name, told", [
+    ("model.safetensors.index.json", "weights in shards"),
+    ("pytorch_model.bin.index.json", "weights in shards"), ("tf_model.h5", "TensorFlow's weights"),
+    ("bert_model.ckpt.index", "TensorFlow's weights"), ("flax_model.msgpack", "Flax's weights"),
+    ("adapter_config.json", "an adapter"), ("checkpoint-500/config.json", "transformers' Trainer"),
+    ("0_Transformer/config.json", "a checkpoint in a folder below"), ("notes.txt", "neither"),
+])  # fmt: skip
+@pytest.mark.parametrize("kept", ["config.json", ""])
+def test_folders_of_another_form_are_named(folder, name, told, kept):
+    """Catches a Trainer's or a sharded folder that is only said to lack a file."""
+    for path in folder.iterdir():
+        if path.name != kept:
+            path.unlink()
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).touch()
+    with pytest.raises(FileNotFoundError, match=f"{folder}: ne|{folder}: no checkpoint") as error:
+        load_bert(microbert.checkpoint_folder(str(folder), "student"))
+    assert told in str(error.value) or (told, kept) == ("neither", "")
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_missing_files(folder, name):
     """Catches a missing file reported as anything else, or without its name."""

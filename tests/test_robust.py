@@ -9,6 +9,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -17,7 +18,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import slow
-from test_run import QUICK, distil, few_steps, files, refused, run, shape  # noqa: F401  # noqa: F401
+from test_model import POINTER
+from test_run import QUICK, distil, few_steps, files, own_data, refused, run, shape  # noqa: F401
 
 import data
 import glue
@@ -259,12 +261,112 @@ def test_changed_data_is_not_continued(files, monkeypatch, capsys, what):
         path.write_text("\n".join([header, "\t".join([index, *cells]), *others]))
     named = "crc of the weights was" if what == "weights" else "crc of train.tsv was"
     refused(capsys, distil(files, "SST-2", *STEADY), named, "--overwrite")
+    shutil.copytree(out, files / "old", dirs_exist_ok=True)
+    assert distil(files, "SST-2", *STEADY, "--overwrite", out="old") == 0
+    assert "continues" not in capsys.readouterr().out
     clean = interrupted(files, monkeypatch, "teacher", 1, 5, out="clean")
     shutil.copy(clean / "run.json", out)
     capsys.readouterr()
     assert distil(files, "SST-2", *STEADY) == distil(files, "SST-2", *STEADY, out="clean") == 0
     assert "continues" not in capsys.readouterr().out
     same_end(clean, out)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "", "\xff"])
+def test_a_damaged_list_of_flags_is_given_up_by_overwrite(files, monkeypatch, capsys, content):
+    """Catches the same error for ever."""
+    out = interrupted(files, monkeypatch, "teacher", 4, 5)
+    (out / "run.json").write_text(content, encoding="latin-1")
+    capsys.readouterr()
+    refused(capsys, distil(files, "SST-2", *STEADY), out / "run.json")
+    assert distil(files, "SST-2", *STEADY, "--overwrite") == 0
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_ctrl_c_keeps_the_step_it_comes_in(files, whole, monkeypatch, capsys, steps):
+    """Catches a short training that loses all at Ctrl-C, and a step that is half done."""
+    update, seen = microbert.update, []
+
+    def watched(*arguments):
+        seen.append(1)
+        if len(seen) == steps:
+            signal.raise_signal(signal.SIGINT)
+        return update(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(microbert, "update", watched)
+        assert distil(files, "SST-2", *STEADY, "--save-every", "500") == 130
+    assert len(seen) == steps and "teacher-0-" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert distil(files, "SST-2", *STEADY) == 0
+    assert f"teacher: continues after step {steps}\n" in capsys.readouterr().out
+    same_end(whole, files / "out")
+    monkeypatch.setattr(microbert, "teach", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert distil(files, "SST-2", *STEADY, out="none") == 130
+    assert capsys.readouterr().err.endswith("interrupted; nothing was kept yet\n")
+
+
+def test_a_second_ctrl_c_is_not_held(monkeypatch):
+    """Catches a training that cannot be stopped, and a handler of the user's that is replaced."""
+    with pytest.raises(KeyboardInterrupt), microbert.interrupt_held() as asked:
+        signal.raise_signal(signal.SIGINT)
+        assert asked == [signal.SIGINT]
+        signal.raise_signal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, lambda *_: asked.append(0))
+    with microbert.interrupt_held() as held:
+        signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+    assert asked == [signal.SIGINT, 0] and held == []
+
+
+def test_the_first_step_moves(files):
+    """Catches a learning rate of 0 in the only step, so that a training is none."""
+    torch.manual_seed(0)
+    model = Bert(shape())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    encoded = data.encode(data.load_tokenizer(files / "bert"), ["a cat", "the dog"])
+    config = settle(DistillConfig(device="cpu", precision="fp32"))
+    objective = microbert.of_labels(torch.tensor([0.0, 1.0]), 2, config)
+    microbert.train(model, encoded, objective, config, microbert.Log(None), epochs=1, lr=1e-3)
+    moved = [name for name, t in model.state_dict().items() if not torch.equal(t, before[name])]
+    assert len(moved) > len(before) / 2
+
+
+def test_what_memory_lacks_is_one_line(files, monkeypatch, capsys):
+    """Catches a traceback from a full GPU, and one kept quiet that is a fault of ours."""
+    for error, told in (
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried\n to allocate 2 GiB"), "2 GiB"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "can't allocate"),
+        (RuntimeError("MPS backend out of memory (x)"), "MPS"), (MemoryError(), "out of memory"),
+    ):  # fmt: skip
+
+        def fail(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(Bert, "forward", fail)
+        refused(
+            capsys, distil(files, "SST-2", "--overwrite"), "out of memory", "--batch-size", told
+        )
+    error = RuntimeError("shapes")
+    monkeypatch.setattr(Bert, "forward", lambda *_, **__: (_ for _ in ()).throw(error))
+    with pytest.raises(RuntimeError, match="shapes"):
+        distil(files, "SST-2", "--overwrite")
+
+
+def test_the_cache_is_never_read_whole(tmp_path):
+    """Catches features copied into memory: the file, full of holes, is larger than memory."""
+    texts, path = 20_000_000, tmp_path / "cache"
+    with path.open("wb") as file:
+        file.truncate(2 * texts * 2 * 3 * 1024)  # 246 GB
+    features = microbert.map_features(path, (texts, 2, 3, 1024))
+    cache = microbert.TeacherCache(features, torch.zeros(texts, 2), torch.zeros(texts))
+    config = settle(DistillConfig(device="cpu", expert_size=8))
+    experts = microbert.make_experts(cache, config)
+    objective = microbert.Distillation(cache, experts, config)
+    hidden = tuple(torch.randn(4, 5, 1024, requires_grad=True) for _ in range(3))
+    output = microbert.BertOutput(torch.zeros(4, 2), hidden)
+    terms = objective(output, torch.ones(4, 5), torch.tensor([0, 7, texts // 2, texts - 1]), 1.0)
+    assert all(term.isfinite() for term in terms.values())
 
 
 def change_a_weight(folder):
@@ -729,6 +831,50 @@ def test_what_predict_cannot_take(student, files, capsys):
     ):
         code, _, err = answer(capsys, student, *arguments)
         assert code == 2 and needle in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("texts", [1, 2])
+def test_what_a_student_learnt_from_is_what_it_is_asked(files, capsys, texts):
+    """Catches a pair read by a student of single texts, or one text by a student of pairs."""
+    task = own_data(files / "mine", ["no", "yes"], texts)
+    assert distil(files, task) == 0
+    out, path = files / "out", files / "lines"
+    assert json.loads((out / "student/config.json").read_text())["sentence_pairs"] == (texts == 2)
+    path.write_text("a cat\na cat\tbig dog\n")
+    capsys.readouterr()
+    code, shown, err = answer(capsys, out, "--file", path)
+    odd = 2 if texts == 1 else 1
+    form = ("two texts, for a model that was trained on single ones" if texts == 1
+            else "one text, for a model that was trained on pairs")  # fmt: skip
+    assert code == 2 and [bool(line) for line in shown.split("\n")[:2]] == [odd == 2, odd == 1]
+    assert err.startswith(f"{path}:{odd}: {form}\n")
+    code, _, err = answer(capsys, out, *["a", "b"][: 3 - texts])
+    assert code == 2 and err == f"error: {form}\n"
+    code, _, err = answer(capsys, out, "--file", task / "dev.tsv")
+    assert code == 2 and "dev.tsv:1: " in err
+    other = own_data(files / "other", ["no", "yes"], 3 - texts)
+    refused(capsys, run(files, "evaluate", out, "--task", other), "it learnt from")
+    teacher = ("--task", other, "--teacher", out, "--out", files / "out2")
+    refused(capsys, run(files, *teacher, *QUICK), "it learnt from", "teacher")
+    config = json.loads((out / "student/config.json").read_text())
+    del config["sentence_pairs"]  # as of a checkpoint from elsewhere
+    (out / "student/config.json").write_text(json.dumps(config))
+    assert answer(capsys, out, "--file", path)[0] == 0
+
+
+@pytest.mark.parametrize("raw, told", [
+    ("a cat\n".encode("utf-16"), "UTF-16, not UTF-8"), (POINTER, "Git LFS pointer"),
+    (b"a cat\rthe dog\r", "lines that end in CR alone"),
+    (b"sentence1\tsentence2\nx\ty\n", "a header; --task FOLDER --split dev"),
+])  # fmt: skip
+def test_files_of_no_texts_are_named(student, files, capsys, raw, told):
+    """Catches answers to what are no texts, or an error for every line of them."""
+    (files / "lines").write_bytes(raw)
+    code, out, err = answer(capsys, student, "--file", files / "lines")
+    assert code == 2 and not out and err.count("\n") == 1
+    assert err.startswith(f"error: {files / 'lines'}:1: ") and told in err
+    more = ("--transfer", files / "lines", "--transfer-ratio", "1")
+    refused(capsys, distil(files, "SST-2", *more), "lines:1: ", told)
 
 
 def test_scores_of_texts(files, capsys):

@@ -1990,9 +1990,9 @@ def resolve_device(name: str) -> torch.device:
     """'auto' is CUDA, else MPS, else the CPU. Raises ValueError for one that is not there."""
     here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     name = [*here, "cpu"][0] if name == "auto" else name
-    kind, _, index = name.partition(":")
-    count = torch.cuda.device_count() if kind == "cuda" else 1
-    if kind not in [*here, "cpu"] or not (index or "0").isdecimal() or int(index or 0) >= count:
+    found = re.fullmatch("([a-z]+)(:([0-9]+))?", name)
+    count = torch.cuda.device_count() if name.startswith("cuda") else 1
+    if not found or found[1] not in [*here, "cpu"] or int(found[3] or 0) >= count:
         raise ValueError(f"device '{name}' is not there; auto takes the best of cuda, mps and cpu")
     return torch.device(name)
 

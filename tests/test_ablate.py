@@ -171,7 +171,9 @@ def test_rows_and_seeds_added_later(files, capsys):  # noqa: F811
     """Catches a teacher trained again for a new row, and rows that depend on which came before."""
     assert ablate(files, out="whole", rows="full no-fal layers=1") == 0
     assert ablate(files, rows="layers=1", seeds="0") == 0
+    logs = {path: path.read_bytes() for path in files.glob("out/**/log.jsonl")}
     assert ablate(files, rows="full", seeds="0") == 0
+    assert len(logs) == 2 and all(path.read_bytes() == log for path, log in logs.items())
     capsys.readouterr()
     assert ablate(files, rows="full no-fal layers=1") == 0
     shown = capsys.readouterr().out

@@ -477,7 +477,9 @@ def test_toy_vocabulary_has_every_word(tmp_path):
 
 def test_script(tmp_path, capsys):
     """Catches wrong tokens, anything printed on import, a traceback for what is missing."""
-    missing, script = tmp_path / "missing", data.__file__
+    missing, script, run = tmp_path / "missing", data.__file__, tmp_path / "run"
+    (run / "student").mkdir(parents=True)
+    (checkpoint(run / "student", do_lower_case=True) / "config.json").write_text("{}")
     rows = "[CLS] 2 0, un 21 0, ##hot 22 0, [SEP] 3 0, ! 11 1, [SEP] 3 1"  # VOCAB's line numbers
     shown = ["{:16}  {:>6}  segment {}".format(*row.split()) for row in rows.split(", ")]
     refused = f"error: {missing}: neither tokenizer.json nor vocab.txt in it\n"

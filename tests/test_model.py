@@ -267,10 +267,10 @@ def test_of_other_heads_the_encoder_is_taken(folder, capsys):
     source = microbert.read_weights(folder)[0]
     assert capsys.readouterr().err == f"note: {source}: skips fit_dense, qa_outputs, other heads\n"
     assert torch.equal(found["pooler.weight"], stored["bert.pooler.dense.weight"])
-    assert found["classifier.weight"].shape == (3, 8)
+    assert found["classifier.weight"].shape == (3, 16)
     with pytest.raises(ValueError, match="problem_type 'multi"):
         load_bert(folder)
-    edit(folder, problem_type=None, id2label={"0": "a", "1": "b"})
+    edit(folder, problem_type=None, id2label={"0": "a", "1": "b", "2": "c"})
     with pytest.raises(ValueError, match="fit_dense.weight.*qa_outputs.bias"):
         load_bert(folder)
     repack(folder, stored)

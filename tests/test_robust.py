@@ -332,6 +332,27 @@ def test_the_first_step_moves(files):
     assert len(moved) > len(before) / 2
 
 
+def test_a_pass_without_a_group_is_whole(files, monkeypatch, tmp_path):
+    """Catches rows left at -inf where torchrun's words are set but no process has joined."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    encoded = data.encode(data.load_tokenizer(files / "bert"), ["a cat"] * 99)
+    config = settle(DistillConfig(device="cpu", precision="fp32"))
+    made = (load_bert(files / "bert"), encoded, torch.zeros(99), [2, 4], config, tmp_path / "cache")
+    cache = microbert.teacher_pass(*made)
+    assert cache.logits.isfinite().all() and (cache.features.float().std(-1) > 0.5).all()
+
+
+def test_the_number_of_a_gpu_is_no_flag(files, monkeypatch):
+    """Catches processes that cannot continue as each has a GPU of its own, and one of them alone
+    that finds other flags than the first one.
+    """
+    examples = glue.read("SST-2", files, "train")
+    found = [microbert.flags_that_matter(DistillConfig(device=name), examples)
+             for name in ("cuda:0", "cuda:1", "cuda", "cpu")]  # fmt: skip
+    assert found[0] == found[1] == found[2] != found[3]
+
+
 def test_what_memory_lacks_is_one_line(files, monkeypatch, capsys):
     """Catches a traceback from a full GPU, and one kept quiet that is a fault of ours."""
     for error, told in (
@@ -579,7 +600,9 @@ def test_not_a_number(files, monkeypatch, capsys, kind):
     monkeypatch.setattr(microbert.Distillation, "__call__", failing)
     code = distil(files, "SST-2", "--save-every", "2", "--log-every", "100")
     term = "soft inf" if kind == "loss" else "gradient's norm nan"
-    refused(capsys, code, "student step 6", term, "hard 0.")
+    refused(capsys, code, "student step 6", term, "hard 0.", "--overwrite and a lower --lr")
+    shutil.copytree(files / "out", files / "copy")
+    assert distil(files, "SST-2", "--lr", "1e-5", "--overwrite", out="copy") == 0  # as told
     (path,) = (files / "out").glob("student-0-*.state")
     state = torch.load(path, weights_only=True)
     assert state["step"] == 4 and all(t.isfinite().all() for t in state["model"].values())

@@ -415,6 +415,96 @@ def test_an_ignorant_teacher_stops_the_run(files, capsys):
     assert run(files, *options, "--force") == 0
 
 
+def test_a_rare_class_is_told_its_remedy(files, capsys):
+    """Catches a run that ends at the most frequent label without saying what helps."""
+    task = own_data(files / "mine", ["ham"] * 19 + ["spam"], counts=(60, 40, 9))
+    options = ("--task", task, "--bert", files / "bert", "--out", files / "out", *QUICK)
+    refused(capsys, run(files, *options), "nothing to distil", "--logit-adjustment 1")
+
+
+def test_scores_of_each_class_are_shown(files, capsys):
+    """Catches classes of dev that are not told apart, and words among the JSON."""
+    task = own_data(files / "mine", ["no", "yes", "so"])
+    assert distil(files, task) == 0
+    capsys.readouterr()
+    given = ("evaluate", files / "out", "--task", task, "--max-length", "24")
+    assert run(files, *given) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["no:", "so:", "yes:"]
+    assert run(files, *given, "--json") == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert "n=24" in shown.err and found["score"] == results_of(files / "out")["student"]["score"]
+    assert [row["n"] for row in found["classes"].values()] == [8, 8, 8]
+    assert found["macro_f1"] == pytest.approx(np.mean([r["f1"] for r in found["classes"].values()]))
+    for line, (name, row) in zip(lines[1:], found["classes"].items()):
+        told = " ".join(f"{key} {row[key]:.2f}" for key in ("precision", "recall", "f1"))
+        assert line == f"  {name}: {told} n 8"
+
+
+def test_labels_that_teach_more_than_the_teacher_are_admitted(files, capsys, monkeypatch):
+    """Catches a closing table that leaves it to its reader to see it."""
+    note, scores = "note: here the labels alone teach the student more", {}
+    score_model = microbert.score_model
+
+    def scored(model, tokenizer, task, config, log):
+        found, logits = score_model(model, tokenizer, task, config, log)
+        return found | {"score": scores.get(log.phase, 50.0)}, logits
+
+    monkeypatch.setattr(microbert, "score_model", scored)
+    for scores["student"], admitted in ((60.0, False), (40.0, True)):
+        assert distil(files, "SST-2", "--baseline", "--overwrite") == 0
+        assert (note in capsys.readouterr().out) == admitted
+
+
+def test_a_file_is_told_within_seconds(monkeypatch, capsys):
+    """Catches fifty slow steps without a line."""
+    log, now = microbert.Log(None, 50), [0.0]
+    monkeypatch.setattr(microbert.time, "perf_counter", lambda: now[0])
+    log.shown = log.started = 0.0
+    for step in range(1, 8):
+        now[0] += 6.0
+        log.step(step, 200, {"hard": torch.tensor(1.0)}, 1e-3, 1.0, 1)
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["3/200", "6/200"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_a_gpu_is_named_by_its_number(monkeypatch, count):
+    """Catches a GPU that is not there met deep in torch, and one named that is not used."""
+    used = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    for name in ("cuda:1", "cuda:2", "cuda:x", "tpu", "cuda:"):
+        if (name, count) == ("cuda:1", 2):
+            microbert.settle(DistillConfig(device=name, precision="fp32"))
+        else:
+            with pytest.raises(ValueError, match=f"device '{name}' is not there"):
+                microbert.resolve_device(name)
+    assert used == [torch.device("cuda:1")] * (count == 2)
+
+
+def test_no_autocast_where_none_is_wanted(monkeypatch):
+    """Catches an autocast that is off, which some devices refuse all the same."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: pytest.fail("autocast"))
+    with microbert.autocast(DistillConfig(device="cpu", precision="fp32")):
+        pass
+
+
+def test_only_a_gpu_is_copied_to_without_waiting(monkeypatch):
+    """Catches a copy to a Mac's GPU that is read while it is written."""
+    seen = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: seen.append("pinned") or tensor)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda *_, **more: seen.append(more) or torch.ones(3, 1)
+    )
+    encoded = data.Encoded(np.ones(1, np.int32), np.ones(1, np.uint8), np.array([0, 1]))
+    for kind in ("mps", "cuda"):
+        microbert.ship(torch.ones(1), torch.device(kind))
+        data.collate(encoded, [0], torch.device(kind))
+    assert seen == [{}, {}] + ["pinned", {"non_blocking": True}] * 2 + [{}]
+
+
 def test_labels_in_another_order_are_remapped(files):
     """Catches classes taken by position (TinyBERT's issue 229), or LABEL_10 for LABEL_2."""
     torch.manual_seed(1)

@@ -49,6 +49,7 @@ class Task:
 
     regression = property(lambda task: not task.labels and bool(task.label))  # scores, no classes
     pairs = property(lambda task: len(task.text) == 2)  # of sentences, in place of single ones
+    form = property(lambda task: "pairs" if task.pairs else "single texts")
     spelling = property(lambda task: task.cells or task.labels)  # the classes as in the files
 
 
@@ -464,6 +465,7 @@ def _check_task(task: Task, folder: Path) -> bool:
     return sound
 
 
+_TIMEOUT = 30.0  # seconds that a server may be silent
 BASE_URL = "https://dl.fbaipublicfiles.com"
 _MSR = "senteval/senteval_data/msr_paraphrase"  # where MRPC_train.txt and MRPC_test.txt are
 _SOURCES = {  # official files, below glue/data: bytes and sha256
@@ -483,23 +485,16 @@ _SOURCES = {  # official files, below glue/data: bytes and sha256
 
 
 def download(
-    task: str | Task,
-    data_dir: str | Path,
-    *,
-    base_url: str = BASE_URL,
-    overwrite: bool = False,
-    timeout: float = 30.0,
+    task: str | Task, data_dir: str | Path, *, base_url: str = BASE_URL, overwrite: bool = False
 ) -> list[Path]:
     """Fetches a task's official files into DATA_DIR/TASK and returns the paths it wrote.
 
-    Files that are there stay, unless overwrite. timeout: seconds without a byte, at most an hour.
+    Files that are there stay, unless overwrite.
     Raises OSError where the server does not send a file, ValueError for one that is not official.
     """
     task, data_dir = find_task(task), Path(data_dir)
     if task.folder:
         raise ValueError(f"'{task.name}' is a folder, expected one of {' '.join(TASKS)}")
-    if not 0 < timeout <= 3600:
-        raise ValueError(f"--timeout is {timeout:g}, expected 0 to 3600 seconds")
     paths = {split: _path(task, data_dir, split) for split in task.splits}
     wanted = {split: path for split, path in paths.items() if overwrite or not path.exists()}
     names = [name for name in _SOURCES if name.upper().startswith(task.name.upper()) and wanted]
@@ -507,7 +502,7 @@ def download(
     try:
         for name in names:
             url = f"{base_url.rstrip('/')}/glue/data/{name}".replace("glue/data/MRPC", _MSR)
-            _fetch(url, work / name, *_SOURCES[name], timeout)
+            _fetch(url, work / name, *_SOURCES[name])
         for split in wanted:
             _make_split(task.name, split, [work / name for name in names], work / split)
         for split, path in wanted.items():
@@ -518,13 +513,13 @@ def download(
     return list(wanted.values())
 
 
-def _fetch(url: str, path: Path, size: int, sha256: str, timeout: float) -> None:
+def _fetch(url: str, path: Path, size: int, sha256: str) -> None:
     """One file of known size and sha256, its progress on stderr if that is a terminal."""
     request = urllib.request.Request(url, headers={"User-Agent": "glue.py"})
     path.parent.mkdir(parents=True, exist_ok=True)
     digest, done = hashlib.sha256(), 0
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as response, path.open("wb") as file:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT) as response, path.open("wb") as file:
             while done <= size and (block := response.read(1 << 16)):
                 file.write(block)
                 digest.update(block)
@@ -532,7 +527,7 @@ def _fetch(url: str, path: Path, size: int, sha256: str, timeout: float) -> None
                 if sys.stderr.isatty():
                     print(f"{path.name} {done >> 20}/{size >> 20} MiB", end="\r", file=sys.stderr)
     except (OSError, http.client.HTTPException) as error:
-        reason = f"{' '.join(str(error).split())} after {done} bytes, --timeout {timeout:g}"
+        reason = f"{' '.join(str(error).split())} after {done} bytes"
         raise OSError(f"{url}: {reason}; try again later, or a mirror: --base-url") from None
     if digest.hexdigest() != sha256:
         found = f"{done} bytes of sha256 {digest.hexdigest()}, expected {size} of {sha256}"
@@ -620,7 +615,6 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--data-dir", default="glue", help="folder to write to [glue]")
     sub.add_argument("--base-url", default=BASE_URL, help=f"of a mirror [{BASE_URL}]")
     sub.add_argument("--overwrite", action="store_true", help="replace files that are there")
-    sub.add_argument("--timeout", type=float, default=30.0, help="seconds without a byte [30]")
     sub = add("submit", help="pack predictions", epilog=f"{usage} submit --predictions predictions")
     sub.add_argument("--predictions", metavar="DIR", required=True, help="folder of TASK.tsv files")
     sub.add_argument("--out", default="submission.zip", help="zip to write [submission.zip]")

@@ -1499,9 +1499,8 @@ _IMPLEMENTED: dict[str, tuple[Any, ...]] = {  # of config.json's keys that BertC
 }  # fmt: skip
 _OTHER_FORMS = {  # what a folder may be that has not the files of a checkpoint
     "*.index.json": "weights in shards; save_pretrained(DIR, max_shard_size='100GB') joins them",
-    "tf_model.h5": "TensorFlow's weights, expected PyTorch's",
-    "*.ckpt*": "TensorFlow's weights, expected PyTorch's",
-    "flax_model.msgpack": "Flax's weights, expected PyTorch's",
+    "*.[ch][k5]*": "TensorFlow's weights, expected PyTorch's",  # .ckpt and .h5
+    "*.msgpack": "Flax's weights, expected PyTorch's",
     "adapter_config.json": "an adapter; merge it into the model it belongs to",
     "checkpoint-*": "a folder of transformers' Trainer; name one of the checkpoints in it",
     "*/config.json": "a checkpoint in a folder below; name that",
@@ -1547,20 +1546,13 @@ def load_config(path: str | Path, *, head: bool = True) -> BertConfig:
 def load_bert(path: str | Path, labels: Sequence[str] | None = None) -> Bert:
     """A BERT from a folder in Hugging Face's layout, in eval mode and fp32.
 
-    Names with or without `bert.`, `LayerNorm.gamma`/`beta` and half-precision weights are
-    understood, pre-training heads (`cls.*`) ignored. labels: of a new classifier, in place of all
-    heads there are. A part that is missing (pooler, classifier) is drawn at random, named in
-    `.fresh` and, unless asked for, warned of. Raises FileNotFoundError, or ValueError naming the
-    tensors that do not fit.
+    labels: of a new classifier, in place of all heads there are. A part that is missing (pooler,
+    classifier) is drawn at random, named in `.fresh` and, unless asked for, warned of.
+    Raises FileNotFoundError, or ValueError naming the tensors that do not fit.
     """
     config = load_config(Path(path) / "config.json", head=labels is None)
-    source, stored = read_weights(Path(path))
-    if labels is not None:
-        config = replace(config, labels=tuple(labels))
-        heads = {n.split(".")[0] for n in stored if not n.startswith("bert.")} - {"classifier"}
-        if heads:
-            print(f"note: {source}: skips {', '.join(sorted(heads))}, other heads", file=sys.stderr)
-        stored = {name: t for name, t in stored.items() if name.startswith("bert.")}
+    source, stored = read_weights(Path(path), head=labels is None)
+    config = config if labels is None else replace(config, labels=tuple(labels))
     with torch.device("meta"):  # nothing is taken until the file is known to fit
         shapes = {name: tuple(t.shape) for name, t in Bert(config).state_dict().items()}
     parts = {name.rsplit(".", 1)[0] for name in stored}
@@ -1580,8 +1572,12 @@ def load_bert(path: str | Path, labels: Sequence[str] | None = None) -> Bert:
     return model.eval()
 
 
-def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """The weights file of a folder and its tensors under Hugging Face's present names."""
+def read_weights(folder: Path, *, head: bool = True) -> tuple[Path, dict[str, Tensor]]:
+    """The weights file of a folder and its tensors under Hugging Face's present names.
+
+    Names with or without `bert.`, and `LayerNorm.gamma`/`beta` are understood, the heads of
+    pre-training (`cls.*`) left out, without `head` all heads.
+    """
     path = folder / "model.safetensors"
     path = path if path.is_file() else folder / "pytorch_model.bin"
     if not path.is_file():
@@ -1600,7 +1596,10 @@ def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
                 raise ValueError(f"tensor '{name}' twice, under an old and a new name")
             if not (name.startswith("cls.") or name.endswith(".position_ids")):
                 stored[name] = tensor
-    return path, stored
+    heads = {name.split(".")[0] for name in stored} - {"bert", "classifier"}
+    if heads and not head:
+        print(f"note: {path}: skips {', '.join(sorted(heads))}, other heads", file=sys.stderr)
+    return path, {n: t for n, t in stored.items() if head or n.startswith("bert.")}
 
 
 def other_form(folder: Path) -> str:
@@ -1729,10 +1728,9 @@ def download_bert(name: str) -> Path:
 
 
 def match_labels(model: Bert, task: "glue.Task | None", where: Path) -> Bert:
-    """The model with its classes in the task's order, matched by name.
+    """The model with its classes in the task's order, matched by name unless they are LABEL_0 ...
 
-    Names that say nothing (LABEL_0) are taken to stand in the task's order. Raises ValueError with
-    both lists where the names differ, and for a model whose classifier was never trained.
+    Raises ValueError for other classes, other texts (pairs) and a head that was never trained.
     """
     if model.fresh:
         parts = " and ".join(model.fresh)
@@ -1740,8 +1738,7 @@ def match_labels(model: Bert, task: "glue.Task | None", where: Path) -> Bert:
     if task is None:
         return model
     if model.config.sentence_pairs not in (None, task.pairs):
-        kinds = ("pairs", "single ones")[:: 1 if task.pairs else -1]
-        raise ValueError(f"{where}: {task.name} has {kinds[0]} of texts, it learnt from {kinds[1]}")
+        raise ValueError(f"{where} has not learnt from {task.form}, which {task.name} has")
     names, wanted, order = model.config.labels, task.labels or ("score",), None
     for plain in (str, lambda name: name.lower().replace("-", "_").replace(" ", "_")):
         for spelling in (wanted, task.spelling):
@@ -1754,12 +1751,11 @@ def match_labels(model: Bert, task: "glue.Task | None", where: Path) -> Bert:
         if silent and not task.regression:
             print(f"note: {where} names no labels; taken: {', '.join(wanted)}", file=sys.stderr)
     if order is None:
-        shown = [", ".join(labels[:8]) + ", ..." * (len(labels) > 8) for labels in (names, wanted)]
+        shown = [", ".join(some[:8]) + ", ..." * (len(some) > 8) for some in (names, wanted)]
         raise ValueError(f"{where}: its labels are {shown[0]}, those of {task.name} {shown[1]}")
-    with torch.no_grad():
-        for tensor in (model.classifier.weight, model.classifier.bias):
-            tensor.copy_(tensor[order].clone())
-    model.config = replace(model.config, labels=wanted)
+    for tensor in (model.classifier.weight, model.classifier.bias):
+        tensor.data = tensor.data[order]
+    model.config = replace(model.config, labels=wanted, sentence_pairs=task.pairs)
     return model
 
 

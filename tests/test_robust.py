@@ -876,9 +876,9 @@ def test_what_a_student_learnt_from_is_what_it_is_asked(files, capsys, texts):
     code, _, err = answer(capsys, out, "--file", task / "dev.tsv")
     assert code == 2 and "dev.tsv:1: " in err
     other = own_data(files / "other", ["no", "yes"], 3 - texts)
-    refused(capsys, run(files, "evaluate", out, "--task", other), "it learnt from")
+    refused(capsys, run(files, "evaluate", out, "--task", other), "has not learnt from")
     teacher = ("--task", other, "--teacher", out, "--out", files / "out2")
-    refused(capsys, run(files, *teacher, *QUICK), "it learnt from", "teacher")
+    refused(capsys, run(files, *teacher, *QUICK), "has not learnt from", "teacher")
     config = json.loads((out / "student/config.json").read_text())
     del config["sentence_pairs"]  # as of a checkpoint from elsewhere
     (out / "student/config.json").write_text(json.dumps(config))

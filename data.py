@@ -37,7 +37,15 @@ _SWITCHES = {"do_lower_case": "lowercase", "strip_accents": "strip_accents",
 _SPECIAL = {"unk_token": "[UNK]", "pad_token": "[PAD]", "mask_token": "[MASK]",
             "cls_token": "[CLS]", "sep_token": "[SEP]"}  # fmt: skip
 _BERTS = r"((Distil|Mobile)?Bert|Electra)Tokenizer(Fast)?"  # classes that read texts as BERT does
-_STAND_IN = re.compile(r"\s*(<!doctype|<html|version https://git-lfs)", re.I)
+_STAND_IN = (
+    rb"\s*(<!doctype|<html|version https://git-lfs)"  # what is downloaded in place of a file
+)
+_NO_TEXTS = {  # how files begin that are not texts, one a line
+    rb"\xff\xfe|\xfe\xff|.?\0": "UTF-16, not UTF-8",
+    _STAND_IN: "an HTML page or a Git LFS pointer",
+    rb"[^\n]*\r[^\n]": "lines that end in CR alone",
+    rb"((sentence[12]?|label)[\t\r\n]+){2,3}$": "a header; --task FOLDER --split dev reads it",
+}
 
 
 def load_tokenizer(folder: str | Path, max_length: int = 128) -> Tokenizer:
@@ -166,10 +174,10 @@ def _blaming(path: str | Path) -> Iterator[None]:
 
 def _text(path: Path) -> str:
     """What is in a text file. Raises ValueError for what was downloaded in place of it."""
-    text = path.read_text(encoding="utf-8")
-    if _STAND_IN.match(text):
+    raw = path.read_bytes()
+    if re.match(_STAND_IN, raw, re.I):
         raise ValueError("an HTML page or a Git LFS pointer, not the file itself")
-    return text
+    return raw.decode()
 
 
 def read_lines(path: Path | None) -> Iterator[tuple[str, Any]]:
@@ -179,8 +187,11 @@ def read_lines(path: Path | None) -> Iterator[tuple[str, Any]]:
     """
     with path.open("rb") if path else nullcontext(sys.stdin.buffer) as file:
         for number, raw in enumerate(file, 1):
-            if number == 1 and (other := _other_kind(raw)):
-                raise ValueError(f"{path or 'standard input'}:1: {other}; expected one text a line")
+            for start, kind in _NO_TEXTS.items() if number == 1 else ():
+                if re.match(start, raw, re.I):
+                    raise ValueError(
+                        f"{path or 'standard input'}:1: {kind}; expected a text a line"
+                    )
             try:
                 cells = raw.decode("utf-8-sig").rstrip("\r\n").split("\t")
                 if len(cells) > 2:
@@ -189,19 +200,6 @@ def read_lines(path: Path | None) -> Iterator[tuple[str, Any]]:
             except ValueError as error:  # UnicodeDecodeError is one
                 text = error
             yield f"{path or 'standard input'}:{number}", text
-
-
-def _other_kind(line: bytes) -> str:
-    """What a file is that begins with this line, if it is not one of texts; else ''."""
-    if line[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in line[:4]:
-        return "UTF-16, not UTF-8"
-    if _STAND_IN.match(line.decode(errors="replace")):
-        return "an HTML page or a Git LFS pointer"
-    if b"\r" in line.rstrip(b"\r\n"):
-        return "lines that end in CR alone"
-    cells = line.decode("utf-8-sig", "replace").strip().split("\t")
-    header = len(cells) > 1 and {*cells} <= {"sentence", "sentence1", "sentence2", "label"}
-    return "a header; --task FOLDER --split dev answers such files" if header else ""
 
 
 @dataclass(frozen=True)

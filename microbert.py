@@ -1755,7 +1755,7 @@ def match_labels(model: Bert, task: "glue.Task | None", where: Path) -> Bert:
         raise ValueError(f"{where}: its labels are {shown[0]}, those of {task.name} {shown[1]}")
     for tensor in (model.classifier.weight, model.classifier.bias):
         tensor.data = tensor.data[order]
-    model.config = replace(model.config, labels=wanted, sentence_pairs=task.pairs)
+    model.config = replace(model.config, labels=wanted)
     return model
 
 

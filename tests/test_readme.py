@@ -287,6 +287,13 @@ def test_a_student_in_a_pipeline_of_transformers(home, capsys):
     assert microbert.main(["predict", "runs/MRPC", *texts]) == 0
     label, share = capsys.readouterr().out.split()
     assert (label, float(share)) == (found["label"], pytest.approx(found["score"], abs=1e-4))
+    long = [f"{text} " * 99 for text in texts]  # the tokenizer knows how much the model can take
+    found = classify({"text": long[0], "text_pair": long[1]}, truncation=True)
+    assert microbert.main(["predict", "runs/MRPC", *long, "--max-length", "512"]) == 0
+    share = capsys.readouterr().out.split()[1]
+    assert float(share) == pytest.approx(
+        (found[0] if isinstance(found, list) else found)["score"], abs=1e-4
+    )
 
 
 class Logits(torch.nn.Module):

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -17,9 +18,11 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import slow
 from test_model import POINTER
 from test_run import QUICK, distil, few_steps, files, own_data, refused, run, shape  # noqa: F401
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import glue
@@ -351,6 +354,39 @@ def test_the_number_of_a_gpu_is_no_flag(files, monkeypatch):
     found = [microbert.flags_that_matter(DistillConfig(device=name), examples)
              for name in ("cuda:0", "cuda:1", "cuda", "cpu")]  # fmt: skip
     assert found[0] == found[1] == found[2] != found[3]
+
+
+def test_a_step_asks_the_device_nothing(tmp_path):
+    """Catches a number fetched in every step, for which a GPU would have to be waited for."""
+    asked = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            asked.extend(re.findall("local_scalar|nonzero|unique|masked_select", str(func)))
+            return func(*args, **kwargs or {})
+
+    torch.manual_seed(0)
+    config = settle(DistillConfig(device="cpu", expert_size=8))
+    model, texts = Bert(shape(num_hidden_layers=2)), 6
+    features = F.layer_norm(torch.randn(texts, 2, 3, 16), (16,)).half()
+    labels = torch.tensor([0.0, 1, 0, torch.nan, 1, 0])
+    cache = microbert.TeacherCache(features, torch.randn(texts, 2), labels)
+    objective = microbert.Distillation(cache, microbert.make_experts(cache, config), config)
+    optimizer, rows = microbert.adamw(model, 1e-3, 0.01), torch.arange(texts)
+    ids, mask = torch.randint(5, 20, (texts, 7)), torch.ones(texts, 7, dtype=torch.long)
+    with Watched():
+        output = model(ids, mask, torch.zeros_like(ids))
+        terms = objective(output, mask, rows, 0.5)
+        microbert.update(model, optimizer, terms, 1e-3, 1.0, torch.zeros(()))
+        assert asked == []
+        assert torch.ones(()).item() and asked == ["local_scalar"]
+
+
+def test_a_batch_looks_at_its_own_rows(monkeypatch):
+    """Catches the lengths of all texts worked out for every batch."""
+    encoded = data.Encoded(np.arange(9, dtype=np.int32), np.zeros(9, np.uint8), np.array([0, 2, 9]))
+    monkeypatch.setattr(data.np, "diff", lambda *_: pytest.fail("all lengths"))
+    assert data.collate(encoded, [0])["input_ids"].tolist() == [[0, 1]]
 
 
 def test_what_memory_lacks_is_one_line(files, monkeypatch, capsys):

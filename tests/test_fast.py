@@ -13,8 +13,10 @@ import torch
 from conftest import slow
 from test_method import TINY as DROPPING
 from test_method import Quiet, run_of, texts
-from test_run import files, shape  # noqa: F401
+from test_run import distil, few_steps, files, shape  # noqa: F401
 
+import data
+import glue
 import microbert
 from microbert import Bert, DistillConfig, load_bert, main, prune, save_bert, settle
 
@@ -253,3 +255,58 @@ def test_the_benchmark_counts_products(root, monkeypatch):
     assert products.flops == 3 * 2 * 3 * 4 * 5  # forward, and one for each gradient
     assert sum(products.found.values()) == 3
     products.again()
+
+
+@pytest.mark.parametrize("task, labels", [("SST-2", ("0", "1")), ("STS-B", ("score",))])
+def test_what_a_run_hands_on(files, monkeypatch, task, labels):  # noqa: F811
+    """Catches features of other layers, dropout in the student, a distance by another measure."""
+    passes, rates = [], set()
+    teacher_pass, train = microbert.teacher_pass, microbert.train
+
+    def watched(model, *arguments, **options):
+        rates.update([model.head_dropout, *(layer.hidden_dropout for layer in model.layers)])
+        train(model, *arguments, **options)
+
+    monkeypatch.setattr(microbert, "train", watched)
+    monkeypatch.setattr(microbert, "teacher_pass", lambda *a: passes.append(a) or teacher_pass(*a))
+    teacher = Bert(shape(labels=labels, initializer_range=0.5))
+    save_bert(teacher, files / "sure", tokenizer_from=files / "bert")
+    made = ("--bert", "", "--teacher", files / "sure", "--precision", "bf16", "--layers", "2")
+    assert distil(files, task, *made) == 0
+    assert [given[3] for given in passes] == [(2, 4)] and rates == {0.0}
+    dev = data.encode(data.load_tokenizer(files / "bert", 24), glue.read(task, files, "dev").texts)
+    config = DistillConfig(device="cpu", precision="fp32")
+    models = [load_bert(files / "out" / part) for part in ("teacher", "student")]
+    said = [microbert.predict_logits(model, dev, config).double() for model in models]
+    wanted, found = (logits.log_softmax(-1) for logits in said)
+    expected = (wanted.exp() * (wanted - found)).sum(-1).mean().item()
+    if task == "STS-B":  # scores .5, 1.5, ... 4.5: variance 2
+        expected = (said[0] - said[1]).square().mean().item() / 2
+    results = json.loads((files / "out/results.json").read_text())
+    assert results["student"]["distance"] == pytest.approx(expected, rel=1e-4) and expected > 1e-3
+
+
+def test_how_much_is_chosen(files, monkeypatch):  # noqa: F811
+    """Catches transfer text without a bound, and passes of a whole task or of distillation."""
+    counts = []
+    monkeypatch.setattr(data, "transfer_texts", lambda *a: counts.append(a[3]) or ([], 0))
+    config = DistillConfig(data_dir=str(files), device="cpu")
+    for known in (40, 30_000, 200_000):
+        microbert.gather_transfer(config, glue.TASKS["SST-2"], ["a"] * known)
+    assert counts == [160, 70_000, 0]
+    assert [settle(replace(config, task="CoLA", limit=n)).teacher_epochs for n in (0, 9)] == [5, 0]
+    for epochs, passes in ((7, 7), (0, 2)):
+        config = replace(config, soft=False, fal=False, gan=False, epochs=epochs, teacher_epochs=2)
+        run = run_of(files, config, texts(9), torch.zeros(9))
+        cache = microbert.TeacherCache(torch.zeros(0), torch.zeros(9, 2), torch.zeros(12))
+        ((count, _, trained, _),) = microbert.student_stages(run, cache, None)
+        assert (count, trained) == (9, passes)
+
+
+def test_the_built_in_tasks_bert_is_of_no_seed(monkeypatch, tmp_path):
+    """Catches runs of several seeds that do not start from the same BERT."""
+    seen, own = set(), lambda *a, **_: seen.add((microbert.checksum(a[0]), a[3].seed))
+    monkeypatch.setattr(microbert, "train", own)
+    for seed in (0, 5):
+        microbert.toy(settle(DistillConfig(precision="fp32", seed=seed)), tmp_path / str(seed))
+    assert len(seen) == 1

@@ -1,5 +1,6 @@
 """The method's parts: features, experts, alignment, discriminator, losses, objective, loop."""
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
+import glue
 import microbert
 from microbert import Bert, BertConfig, Distillation, DistillConfig, SentenceExperts, TeacherCache
 
@@ -503,3 +505,93 @@ def test_schedule():
     assert microbert.schedule(0.0, 0.1) == 0 and microbert.schedule(0.05, 0.1) == pytest.approx(0.5)
     assert microbert.schedule(0.1, 0.1) == 1 and microbert.schedule(0.55, 0.1) == pytest.approx(0.5)
     assert microbert.schedule(1.0, 0.1) == 0 and microbert.schedule(0.0, 0.0) == 1
+
+
+@pytest.mark.parametrize("moe", [True, False])
+def test_what_the_discriminator_is_shown(tmp_path, moe):
+    """Catches a side made of other views, gate, layer, answers or temperature, or detached."""
+    _, student, encoded, objective, _ = objective_of(tmp_path, moe=moe)
+    batch, shown = data.collate(encoded, np.arange(8)), []
+    if moe:
+        nn.init.normal_(objective.experts.gate_bias)
+    objective.contest = lambda real, fake, _: shown.extend([real, fake]) or fake.sum()
+    output, cache = student(**batch), objective.cache
+    objective(output, batch["attention_mask"], torch.arange(8), 0.9)
+    own = microbert.sentence_features(output.hidden_states[1:], batch["attention_mask"])
+    sides = (cache.features[:8].float(), cache.logits[:8]), (own, output.logits)
+    for found, (features, logits) in zip(shown, sides, strict=True):
+        views, fused = features[:, -1], features[:, -1].mean(1)
+        if moe:
+            gate, each = objective.experts.gate()[-1], objective.experts.experts[-1]
+            fused = sum(gate[e] * views[:, e] @ each[e] for e in range(3))
+        expected = [F.layer_norm(fused, fused.shape[-1:]), (logits / 2).softmax(-1)]
+        torch.testing.assert_close(found, torch.cat(expected, 1))
+    shown[1][:, 0].sum().backward()
+    assert student.layers[0].query.weight.grad.abs().sum() > 0
+    assert objective.optimizer.param_groups[0]["betas"] == (0.5, 0.999)
+
+
+def test_experts_and_discriminator_are_of_the_seed(monkeypatch):
+    """Catches a start or batches that the seed does not decide, and a temperature left out."""
+    cache = TeacherCache(random_features(600), torch.randn(600, 2), torch.arange(600) % 2.0)
+    fit, soft, given = microbert.fit_experts, microbert.soft_loss, SentenceExperts(2, 16, 8, 2)
+    asked, used, drawn = {}, set(), []
+    monkeypatch.setattr(microbert, "fit_experts", lambda made, *_, **k: asked.update(k) or made)
+    monkeypatch.setattr(microbert, "soft_loss", lambda *a: used.add(a[2:]) or soft(*a))
+    for seed in (0, 1, 1):
+        torch.rand(3)
+        config = DistillConfig(device="cpu", seed=seed, temperature=5.0)
+        judge = Distillation(cache, None, config).discriminator
+        made = microbert.make_experts(cache, config)
+        fitted = fit(copy.deepcopy(given), *cache, **asked, steps=3)
+        drawn.append([judge.layers[0].weight, made.experts, fitted.experts])
+    for first, other, same in zip(*drawn):
+        assert not torch.equal(first, other) and torch.equal(other, same)
+    assert used == {(5.0,)}
+
+
+def test_a_step_by_hand():
+    """Catches a gradient that is not clipped or is added to the one before, and biases that decay.
+
+    The gradient (3, 4) of norm 5 is cut to (.6, .8) for a clip of 1 and stays below 10. Without a
+    gradient a step takes lr * decay = .05 of a matrix.
+    """
+    weight, broken = nn.Parameter(torch.zeros(2)), torch.zeros(())
+    optimizer = torch.optim.SGD([weight], lr=1.0, fused=True)
+    for clip, expected in ((1.0, [-0.6, -0.8]), (10.0, [-3.6, -4.8])):
+        terms = {"hard": 3 * weight[0], "soft": 4 * weight[1]}
+        microbert.update(nn.ParameterList([weight]), optimizer, terms, 1.0, clip, broken)
+        torch.testing.assert_close(weight.detach(), torch.tensor(expected))
+    model = nn.Linear(2, 3)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    (0 * model(torch.ones(2))).sum().backward()
+    microbert.adamw(model, 0.1, 0.5).step()
+    torch.testing.assert_close(model.weight.detach(), 0.95 * before[0])
+    assert torch.equal(model.bias, before[1])
+
+
+def test_every_step_and_seed_draws_its_own():
+    """Catches dropout that is the same in each step or seed, and texts in the same order."""
+    drawn = []
+
+    def objective(output, mask, rows, progress):
+        drawn.append((torch.rand(()).item(), rows.tolist()))
+        return {"hard": output.logits.square().mean()}
+
+    for seed in (0, 1, 1):
+        config = DistillConfig(device="cpu", precision="fp32", seed=seed)
+        microbert.train(Bert(TINY), texts(70), objective, config, Quiet(), epochs=2, lr=1e-3)
+    rolls, orders = zip(*drawn)
+    assert len({*rolls}) == 2 * 6 and drawn[6:12] == drawn[12:] and orders[:6] != orders[6:12]
+
+
+def test_other_labels_are_another_training(monkeypatch, tmp_path):
+    """Catches a run that goes on with labels that were changed meanwhile."""
+    monkeypatch.setattr(microbert, "fit", lambda *arguments: arguments[-1])
+    config, teacher, found = DistillConfig(device="cpu"), Bert(TINY), set()
+    for label in (0.0, 1.0):
+        run = run_of(tmp_path, config, texts(9), torch.full((9,), label))
+        run.shared, examples = None, glue.Examples(["a"] * 9, np.full(9, label))
+        flags = microbert.flags_that_matter(config, examples)
+        found |= {microbert.teach(run, teacher), flags["crc of train.tsv"]}
+    assert len(found) == 4

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from conftest import slow
-from test_run import QUICK, few_steps, files, refused, run  # noqa: F401
+from test_run import QUICK, few_steps, files, refused, run, shape  # noqa: F401
 
 import data
 import glue
@@ -147,6 +147,10 @@ def test_no_row_sees_what_its_options_exclude(files, monkeypatch):  # noqa: F811
     monkeypatch.setattr(microbert, "fit_experts", watched)
     assert ablate(files, rows="full no-transfer", seeds="0") == 0
     assert seen == [(60, 20), (40, 0)]
+    (files / "mine.txt").write_text("".join(f"a cat {i}\n" for i in range(99)))
+    more = ("--transfer", files / "mine.txt", "--transfer-ratio", "-1")
+    assert ablate(files, *more, rows="full no-transfer", seeds="0", out="mine") == 0
+    assert seen[2:] == [(200, 160), (40, 0)]
 
 
 @pytest.mark.parametrize(
@@ -211,6 +215,12 @@ def test_other_flags_and_overwriting(files, monkeypatch, capsys):  # noqa: F811
     names = [(r["row"], r["seed"]) for r in numbers(files / "out")]
     assert names == [("full", 1), ("teacher", 1)]
     assert all(path.read_text() == "mine" for path in mine)
+    microbert.save_bert(microbert.Bert(shape()), files / "bert")  # as in another session
+    capsys.readouterr()
+    code = ablate(files, "--temperature", "3", rows="full", seeds="1")
+    refused(capsys, code, "crc of the weights was", "--overwrite")
+    assert ablate(files, "--temperature", "3", "--overwrite", rows="full", seeds="1") == 0
+    assert "teacher     1/5" in capsys.readouterr().out
 
 
 @slow

@@ -37,9 +37,7 @@ _SWITCHES = {"do_lower_case": "lowercase", "strip_accents": "strip_accents",
 _SPECIAL = {"unk_token": "[UNK]", "pad_token": "[PAD]", "mask_token": "[MASK]",
             "cls_token": "[CLS]", "sep_token": "[SEP]"}  # fmt: skip
 _BERTS = r"((Distil|Mobile)?Bert|Electra)Tokenizer(Fast)?"  # classes that read texts as BERT does
-_STAND_IN = (
-    rb"\s*(<!doctype|<html|version https://git-lfs)"  # what is downloaded in place of a file
-)
+_STAND_IN = rb"\s*(<!doctype|<html|<\?xml|version https://git-lfs)"  # in place of a file
 _NO_TEXTS = {  # how files begin that are not texts, one a line
     rb"\xff\xfe|\xfe\xff|.?\0": "UTF-16, not UTF-8",
     _STAND_IN: "an HTML page or a Git LFS pointer",

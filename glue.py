@@ -122,14 +122,13 @@ def own_task(folder: str | Path, *, regression: bool = False, labels: Sequence[s
     if not path.is_file():
         found = f"{folder}: a file" if folder.is_file() else f"{path}: no such file"
         told = f"{found}; data of your own is a folder with train.tsv and dev.tsv"
-        raise FileNotFoundError(told + (_is_csv(csv, _lines(csv)[0]) if csv.is_file() else ""))
+        raise FileNotFoundError(told + _if_csv(csv))
     name = folder.as_posix() if "/" in folder.as_posix() else f"./{folder}"
     lines, table = _table(path, name, path.stem)
     text = tuple(column for column in (*_ONE, *_PAIR) if column in table)
     if text not in (_ONE, _PAIR) or (path.stem == "train" and "label" not in table):
         expected = "expected label and sentence, or label, sentence1 and sentence2"
-        line = _lines(path)[0]
-        raise ValueError(f"{path}:1: columns {', '.join(table)}; {expected}{_is_csv(path, line)}")
+        raise ValueError(f"{path}:1: columns {', '.join(table)}; {expected}{_if_csv(path)}")
     if regression:
         return Task(name, text, metrics=("pearson", "spearman"), folder=folder)
     if path.stem == "train":
@@ -163,8 +162,10 @@ def _note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
 
 
-def _is_csv(path: Path, line: str) -> str:
-    """How to make TSV of a file that begins with this line, if it seems to be CSV; else ''."""
+def _if_csv(path: Path) -> str:
+    """How to make TSV of a file whose first line seems to be CSV; '' for another or none."""
+    raw = path.read_bytes() if path.is_file() else b""
+    line = raw.partition(b"\n")[0].decode("utf-8-sig", "replace")
     mark = max("\t;,", key=line.count)
     if mark not in line or (mark == "\t" and line[0] != '"'):
         return ""
@@ -200,7 +201,7 @@ def read(
     for name in (*task.text, task.label) if labelled else task.text:
         if name not in table:
             told = f"expected one column {name!r} beside {', '.join(table)}"
-            raise ValueError(f"{path}:1: {told}{_is_csv(path, _lines(path)[0])}")
+            raise ValueError(f"{path}:1: {told}{_if_csv(path)}")
     for mark, owner in _MARKS.items():
         if mark in table and owner != task.name and not task.folder:
             raise ValueError(f"{path}:1: column {mark!r} is {owner}'s, expected {task.name}'s file")
@@ -293,7 +294,7 @@ def _lines(path: Path) -> list[str]:
     if bad >= 0:
         line = 1 + raw.count(b"\n", 0, bad)
         raise ValueError(f"{path}:{line}: byte 0x{raw[bad]:02x} at offset {bad} is no UTF-8 text")
-    if re.match(r"\s*(<!doctype|<html|version https://git-lfs|$)", text, re.I):
+    if re.match(r"\s*(<!doctype|<html|<\?xml|version https://git-lfs|$)", text, re.I):
         raise ValueError(f"{path}: an HTML page, a Git LFS pointer or empty: {text.strip()[:40]!r}")
     text = text.rstrip(" \r\n").replace("\r\n", "\n")
     return text.split("\n" if "\n" in text else "\r")  # an old Mac's lines end so

@@ -951,7 +951,8 @@ def toy(config: DistillConfig, folder: Path) -> DistillConfig:
         )
         log = Log(None, 10**9)
         with log.timed("pretrain", f"the built-in task's BERT, once, into {folder}"):
-            train(bert, encoded, objective, plain, log, epochs=8, lr=1e-3)
+            set_dropout(bert, 0.0)  # with it the rule is found late or never
+            train(bert, encoded, objective, plain, log, epochs=8, lr=5e-4)
         save_bert(bert, folder)
     barrier()
     given = "" if config.teacher else config.bert or str(folder)
@@ -1532,8 +1533,8 @@ def load_config(path: str | Path, *, head: bool = True) -> BertConfig:
             matters = head or key != "problem_type"
             if matters and stored.get(key, implemented[0]) not in implemented:
                 raise ValueError(f"{key} {stored[key]!r}, implemented: {implemented[0]!r}")
-        unnamed = {i: f"LABEL_{i}" for i in range(min(stored.get("num_labels", 2), 2**10 + 1))}
-        given = stored.get("id2label") if head else {}
+        given, count = (stored.get("id2label"), stored.get("num_labels", 2)) if head else (None, 2)
+        unnamed = {i: f"LABEL_{i}" for i in range(min(count, 2**10 + 1))}
         names = {int(i): str(name) for i, name in (given or unnamed).items()}
         if sorted(names) != list(range(len(names))):
             raise ValueError(f"id2label has the ids {sorted(names)}, expected 0, 1, ...")
@@ -1795,7 +1796,7 @@ def naming(path: str | Path) -> Iterator[None]:
         told = f"{kind}{' '.join(str(error).split())[:300]}"
         with suppress(OSError):
             head = Path(path).open("rb").read(200)
-            if re.match(rb"\s*(<!doctype|<html|version https://git-lfs)", head, re.I):
+            if re.match(rb"\s*(<!doctype|<html|<\?xml|version https://git-lfs)", head, re.I):
                 told = "an HTML page or a Git LFS pointer, not the file itself"
         raise ValueError(f"{path}: {told}") from None
 

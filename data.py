@@ -236,13 +236,6 @@ def encode(tokenizer: Tokenizer, texts: Texts, chunk: int = 1024) -> Encoded:
     return Encoded(np.asarray(ids), np.asarray(type_ids), np.asarray(offsets))
 
 
-def concatenate(first: Encoded, second: Encoded) -> Encoded:
-    """The texts of both, first's first."""
-    ids = np.append(first.ids, second.ids)
-    type_ids = np.append(first.type_ids, second.type_ids)
-    return Encoded(ids, type_ids, np.append(first.offsets, len(first.ids) + second.offsets[1:]))
-
-
 def collate(encoded: Encoded, rows: Rows | Sequence[int], device: Any = None) -> dict[str, Tensor]:
     """The texts of these rows, padded on the right to the longest, int64 (B, T) on the device."""
     starts, stops = encoded.offsets[rows, None], encoded.offsets[np.add(rows, 1), None]  # (B, 1)

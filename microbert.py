@@ -1067,7 +1067,7 @@ def auto_epochs(examples: int, batch_size: int, least: int) -> int:
 def ask(run: Run, teacher: Bert) -> tuple["data.Encoded", TeacherCache, int]:
     """All texts, what the teacher says of them in its one pass (in `score_unit`s), a mark."""
     config, (center, spread) = run.config, run.unit
-    encoded = data.concatenate(run.encoded, data.encode(run.tokenizer, run.transfer))
+    encoded = data.encode(run.tokenizer, [*run.train_set.texts, *run.transfer])
     labels = torch.cat([run.labels, torch.full((len(run.transfer),), torch.nan)])
     rescale(teacher, 1 / spread, -center / spread)
     depth = teacher.config.num_hidden_layers

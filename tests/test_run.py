@@ -419,7 +419,12 @@ def test_a_rare_class_is_told_its_remedy(files, capsys):
     """Catches a run that ends at the most frequent label without saying what helps."""
     task = own_data(files / "mine", ["ham"] * 19 + ["spam"], counts=(60, 40, 9))
     options = ("--task", task, "--bert", files / "bert", "--out", files / "out", *QUICK)
-    refused(capsys, run(files, *options), "nothing to distil", "--logit-adjustment 1 helps where a class is rare")
+    refused(
+        capsys,
+        run(files, *options),
+        "nothing to distil",
+        "--logit-adjustment 1 helps where a class is rare",
+    )
 
 
 def test_scores_of_each_class_are_shown(files, capsys):

@@ -691,7 +691,8 @@ def train(
             with autocast(config), attention_kernel(device, training=True):
                 output = forward(**batch)
             terms = objective(output, batch["attention_mask"], torch.from_numpy(rows), progress)
-            terms = {name: term * share(output.logits) for name, term in terms.items()}
+            weight = share(output.logits)
+            terms = {name: term * weight for name, term in terms.items()}
             rate = lr * schedule(progress, config.warmup)
             norm = update(model, optimizer, terms, rate, config.clip, broken)
             kept = step % config.save_every == 0 or step == len(batches) or bool(interrupted)
@@ -1501,7 +1502,8 @@ _IMPLEMENTED: dict[str, tuple[Any, ...]] = {  # of config.json's keys that BertC
 }  # fmt: skip
 _OTHER_FORMS = {  # what a folder may be that has not the files of a checkpoint
     "*.index.json": "weights in shards; save_pretrained(DIR, max_shard_size='100GB') joins them",
-    "*.[ch][k5]*": "TensorFlow's weights, expected PyTorch's",  # .ckpt and .h5
+    "*.h5": "TensorFlow's weights, expected PyTorch's",
+    "*.ckpt*": "TensorFlow's weights, expected PyTorch's",
     "*.msgpack": "Flax's weights, expected PyTorch's",
     "adapter_config.json": "an adapter; merge it into the model it belongs to",
     "checkpoint-*": "a folder of transformers' Trainer; name one of the checkpoints in it",
@@ -1795,8 +1797,8 @@ def naming(path: str | Path) -> Iterator[None]:
     except Exception as error:  # those of json, torch, numpy have no base class in common
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__} "
         told = f"{kind}{' '.join(str(error).split())[:300]}"
-        with suppress(OSError):
-            head = Path(path).open("rb").read(200)
+        with suppress(OSError), Path(path).open("rb") as file:
+            head = file.read(200)
             if re.match(rb"\s*(<!doctype|<html|<\?xml|version https://git-lfs)", head, re.I):
                 told = "an HTML page or a Git LFS pointer, not the file itself"
         raise ValueError(f"{path}: {told}") from None

@@ -13,7 +13,7 @@ import torch
 from conftest import slow
 from test_method import TINY as DROPPING
 from test_method import Quiet, run_of, texts
-from test_run import distil, few_steps, files, shape  # noqa: F401
+from test_run import distil, files, shape  # noqa: F401
 
 import data
 import glue

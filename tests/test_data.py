@@ -158,6 +158,18 @@ def test_a_folder_means_what_it_says(tmp_path, form, name, content, tokens):
         assert read_alike(tmp_path, here, copy)[0].endswith(tokens)
 
 
+@pytest.mark.parametrize("form", ["vocab.txt", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "config, unknown", [({}, "hot"), ({"added_tokens_decoder": O_IS_28}, "un")]
+)
+def test_two_files_that_disagree(tmp_path, form, config, unknown):
+    """Catches another file believed than `transformers` believes: the map, but not beside tokens."""
+    checkpoint(tmp_path, form, unk_token="un", **config)
+    (tmp_path / "special_tokens_map.json").write_text('{"unk_token": {"content": "hot"}}')
+    assert data.load_tokenizer(tmp_path).encode("xyz").tokens == ["[CLS]", unknown, "[SEP]"]
+    read_alike(tmp_path, tmp_path, tmp_path)
+
+
 @pytest.mark.parametrize("kind", STORED)
 def test_what_tokenizer_json_says_is_said_to_transformers(tmp_path, kind):
     """Catches a student that is cased here and lower-cased there, and so on."""

@@ -145,7 +145,7 @@ def test_bf16_trains_where_the_processor_has_it(monkeypatch, features, fast):
         ("fp32", "", "fp32"),
         ("bf16", "somewhere", "bf16"),
     ):
-        config = DistillConfig(device="cpu", precision=precision, checkpoint=checkpoint)
+        config = DistillConfig("RTE", device="cpu", precision=precision, checkpoint=checkpoint)
         assert settle(config).precision == expected
 
 

@@ -159,11 +159,9 @@ def test_a_folder_means_what_it_says(tmp_path, form, name, content, tokens):
 
 
 @pytest.mark.parametrize("form", ["vocab.txt", "tokenizer.json"])
-@pytest.mark.parametrize(
-    "config, unknown", [({}, "hot"), ({"added_tokens_decoder": O_IS_28}, "un")]
-)
-def test_two_files_that_disagree(tmp_path, form, config, unknown):
-    """Catches another file believed than `transformers` believes: the map, but not beside tokens."""
+@pytest.mark.parametrize("config, token", [({}, "hot"), ({"added_tokens_decoder": O_IS_28}, "un")])
+def test_two_files_that_disagree(tmp_path, form, config, token):
+    """Catches another file believed than `transformers` does: the map, but not beside tokens."""
     checkpoint(tmp_path, form, unk_token="un", **config)
     (tmp_path / "special_tokens_map.json").write_text('{"unk_token": {"content": "hot"}}')
     assert data.load_tokenizer(tmp_path).encode("xyz").tokens == ["[CLS]", token, "[SEP]"]

@@ -70,10 +70,11 @@ def tokenizer_files(folder: str | Path, positions: int) -> dict[str, bytes]:
     """
     tokenizer, settings = _read_tokenizer(Path(folder))
     files = {n: p.read_bytes() for n in TOKENIZER_FILES if (p := Path(folder, n)).is_file()}
-    files["tokenizer.json"], stored = tokenizer.to_str().encode(), json.loads(tokenizer.to_str())
+    files["tokenizer.json"] = tokenizer.to_str().encode()
     for theirs, ours in _SWITCHES.items():
         settings[theirs] = getattr(tokenizer.normalizer, ours, settings.get(theirs))
-    settings["added_tokens_decoder"] = {t.pop("id"): t for t in stored["added_tokens"]}
+    added = json.loads(files["tokenizer.json"])["added_tokens"]
+    settings["added_tokens_decoder"] = {token.pop("id"): token for token in added}
     settings["model_max_length"] = min(positions, settings.get("model_max_length") or positions)
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "right"}
     settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]

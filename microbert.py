@@ -691,8 +691,9 @@ def train(
             with autocast(config), attention_kernel(device, training=True):
                 output = forward(**batch)
             terms = objective(output, batch["attention_mask"], torch.from_numpy(rows), progress)
-            weight = share(output.logits)
-            terms = {name: term * weight for name, term in terms.items()}
+            if processes > 1:
+                weight = share(output.logits)
+                terms = {name: term * weight for name, term in terms.items()}
             rate = lr * schedule(progress, config.warmup)
             norm = update(model, optimizer, terms, rate, config.clip, broken)
             kept = step % config.save_every == 0 or step == len(batches) or bool(interrupted)
@@ -807,7 +808,7 @@ def distill(config: DistillConfig, *, shared: Path | None = None) -> dict[str, A
         wanted = score(run, "teacher", teacher).double()
     refuse_majority(run)
     with log.timed("cache", "runs the teacher once and keeps its logits and sentence features"):
-        encoded, cache, mark = ask(run, teacher)
+        cache, mark = ask(run, teacher)
     experts = None
     if config.moe and (config.fal or config.gan):
         with log.timed("experts", "fits experts and gate to the task on the teacher's features"):
@@ -820,13 +821,13 @@ def distill(config: DistillConfig, *, shared: Path | None = None) -> dict[str, A
         score(run, "pruned", pruned)
     stages = student_stages(run, cache, experts)
     with log.timed("student", f"the same, distilled on {stages[0].texts:,} texts"):
-        student = fit(run, "student", pruned, encoded, stages, mark)
+        student = fit(run, "student", pruned, run.encoded, stages, mark)
         said, spread = score(run, "student", student).double(), run.unit[1]
         results["student"]["distance"] = soft_loss(said / spread, wanted / spread).item()
     if config.baseline:
         with log.timed("baseline", "the same, fine-tuned on the labels alone, for comparison"):
             stages = [label_stage(run, config.lr)]
-            score(run, "baseline", fit(run, "baseline", pruned, encoded, stages, mark))
+            score(run, "baseline", fit(run, "baseline", pruned, run.encoded, stages, mark))
     finish(run, student)
     return results
 
@@ -834,7 +835,7 @@ def distill(config: DistillConfig, *, shared: Path | None = None) -> dict[str, A
 def finetune(config: DistillConfig) -> dict[str, Any]:
     """Fine-tunes a BERT on a task and scores it: the teacher, without a student."""
     run, bert = start(replace(config, transfer="", transfer_ratio=0.0))
-    with run.log.timed("teacher", f"fine-tunes a BERT on the {len(run.encoded):,} training texts"):
+    with run.log.timed("teacher", f"fine-tunes a BERT on the {len(run.labels):,} training texts"):
         score(run, "teacher", teach(run, bert))
     finish(run)
     return run.results
@@ -860,8 +861,8 @@ class Run:
     transfer: list[Any]  # unlabelled texts
     source: Path  # the BERT or teacher it starts from, with the tokenizer
     tokenizer: "Tokenizer"
-    encoded: "data.Encoded"  # the training texts
-    labels: Tensor  # (n,) theirs, class ids or scores in the unit
+    encoded: "data.Encoded"  # the training texts, then the unlabelled ones
+    labels: Tensor  # (n,) of the former, class ids or scores in the unit
     unit: tuple[float, float]  # mean and standard deviation of the training scores
     log: "Log"
     out: Path
@@ -879,14 +880,15 @@ def start(config: DistillConfig, shared: Path | None = None) -> tuple[Run, Bert]
     bert.config = replace(bert.config, sentence_pairs=task.pairs)
     start_layers(config, bert.config.num_hidden_layers)
     tokenizer = load_fitting_tokenizer(source, bert, config)
-    encoded, unit = data.encode(tokenizer, train_set.texts), score_unit(task, train_set.labels)
+    unit, out = score_unit(task, train_set.labels), Path(config.out or "out")
     learnt = torch.tensor((train_set.labels - unit[0]) / unit[1]).float()  # (n,)
-    transfer, out = gather_transfer(config, task, train_set.texts), Path(config.out or "out")
+    transfer = gather_transfer(config, task, train_set.texts)
+    encoded = data.encode(tokenizer, [*train_set.texts, *transfer])
     log = Log(out / "log.jsonl", config.log_every)
     run = Run(config, task, train_set, dev, transfer, source, tokenizer, encoded, learnt, unit, log,
               out, shared)  # fmt: skip
     open_run(run, checksum(bert))
-    print(f"MicroBERT on {task.name}: {len(encoded):,} training texts, {len(dev.texts):,} of dev")
+    print(f"MicroBERT on {task.name}: {len(learnt):,} training texts, {len(dev.texts):,} of dev")
     if bert.fresh:
         print(f"{source}: {', '.join(bert.fresh)} drawn at random, to be fine-tuned")
     for number, (text, label) in enumerate(zip(train_set.texts[:2], train_set.labels), 1):
@@ -1039,13 +1041,13 @@ def teach(run: Run, bert: Bert) -> Bert:
         save_bert(bert, folder, tokenizer_from=run.source)
     if run.config.teacher or run.shared:
         return bert
-    mark = checksum(bert, run.encoded, run.labels)
-    return fit(run, "teacher", bert, run.encoded, [label_stage(run, run.config.teacher_lr)], mark)
+    texts, stages = run.encoded.first(len(run.labels)), [label_stage(run, run.config.teacher_lr)]
+    return fit(run, "teacher", bert, texts, stages, checksum(bert, texts, run.labels))
 
 
 def label_stage(run: Run, lr: float) -> Stage:
     """Fine-tuning on the labels: the teacher's, and the student's that it is compared with."""
-    config, count = run.config, len(run.encoded)
+    config, count = run.config, len(run.labels)
     epochs = config.teacher_epochs or auto_epochs(count, config.batch_size, least=2)
     return Stage(count, of_labels(run.labels, max(1, len(run.task.labels)), config), epochs, lr)
 
@@ -1066,18 +1068,17 @@ def auto_epochs(examples: int, batch_size: int, least: int) -> int:
     return max(min(max(math.ceil(24_000 / examples), least), 10), math.ceil(200 / steps))
 
 
-def ask(run: Run, teacher: Bert) -> tuple["data.Encoded", TeacherCache, int]:
-    """All texts, what the teacher says of them in its one pass (in `score_unit`s), a mark."""
+def ask(run: Run, teacher: Bert) -> tuple[TeacherCache, int]:
+    """What the teacher says of all texts in its one pass (in `score_unit`s), and a mark of both."""
     config, (center, spread) = run.config, run.unit
-    encoded = data.encode(run.tokenizer, [*run.train_set.texts, *run.transfer])
     labels = torch.cat([run.labels, torch.full((len(run.transfer),), torch.nan)])
     rescale(teacher, 1 / spread, -center / spread)
     depth = teacher.config.num_hidden_layers
     layers = layer_map(depth, len(start_layers(config, depth)))
-    mark = checksum(teacher, encoded, labels)
+    mark = checksum(teacher, run.encoded, labels)
     name = f"cache{os.environ.get('GROUP_RANK', '')}-{mark:08x}-{'-'.join(map(str, layers))}.f16"
     path = (run.shared or run.out) / name
-    return encoded, teacher_pass(teacher, encoded, labels, layers, config, path, run.log), mark
+    return teacher_pass(teacher, run.encoded, labels, layers, config, path, run.log), mark
 
 
 def make_experts(cache: TeacherCache, config: DistillConfig) -> SentenceExperts:
@@ -1311,12 +1312,12 @@ def open_ablation(
     out = Path(config.out or "out")
     own, _, train_set, _ = read_task(own)
     source = checkpoint_folder(own.teacher or own.bert, "teacher")
+    depth = load_config(source / "config.json", head=False).num_hidden_layers
     for asked in rows.values():
-        depth = load_config(source / "config.json", head=False).num_hidden_layers
         start_layers(settle(asked), depth)
     flags = flags_that_matter(own, train_set)
     flags |= {n: getattr(config, n) for n in ("task", "data_dir", "bert", "teacher", "seed")}
-    flags["crc of the weights"] = zlib.crc32(read_weights(source)[0].read_bytes())
+    flags["crc of the weights"] = checksum(*(t.float() for t in read_weights(source)[1].values()))
     if not same_flags(out, flags, config.overwrite) and config.overwrite:
         for path in (*out.glob("seed-*/results.json"), *out.glob("seed-*/*/results.json")):
             path.unlink()

@@ -142,7 +142,7 @@ class Pkd:
 def peer_stages(name, run, cache, encoded, teacher, student, layers):
     """Objective, texts and passes of a peer's trainings: as many updates as ours in each."""
     config, ours = run.config, m.student_stages(run, cache, None)
-    labelled, again = encoded.first(len(run.encoded)), sum(stage.epochs for stage in ours[1:])
+    labelled, again = encoded.first(len(run.labels)), sum(stage.epochs for stage in ours[1:])
     if name == "pkd":
         objective = Pkd(cache, config)
         return [(objective, encoded, ours[0].epochs), (objective, labelled, again)]
@@ -160,7 +160,7 @@ def train_peers(config, names):
     config, log, (center, spread) = run.config, run.log, run.unit
     with log.timed("teacher", "as it was given"):
         wanted = m.score(run, "teacher", teacher)
-        encoded, cache, _ = m.ask(run, teacher)
+        (cache, _), encoded = m.ask(run, teacher), run.encoded
     depth, reached = teacher.config.num_hidden_layers, run.results["teacher"]["score"]
     own = m.start_layers(config, depth, pairs=run.task.pairs)
     aligned = m.layer_map(depth, len(own))

@@ -24,6 +24,7 @@ import inspect
 import io
 import json
 import math
+import mmap
 import os
 import platform
 import re
@@ -49,6 +50,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -147,14 +149,45 @@ class BertLayer(nn.Module):
         query = self.query(hidden).view(split).transpose(1, 2)  # (B, N, T, H / N)
         key = self.key(hidden).view(split).transpose(1, 2)  # (B, N, T, H / N)
         value = self.value(hidden).view(split).transpose(1, 2)  # (B, N, T, H / N)
-        drop = self.attention_dropout * self.training
-        mixed = F.scaled_dot_product_attention(query, key, value, mask, drop)
+        mixed = attention(query, key, value, mask, self.attention_dropout, self.training)
         mixed = self.attention_output(mixed.transpose(1, 2).flatten(2))  # (B, T, H)
-        hidden = self.attention_norm(hidden + F.dropout(mixed, rate, self.training))
+        hidden = self.attention_norm(hidden + dropout(mixed, rate, self.training))
         widened = F.gelu(self.intermediate(hidden))  # (B, T, intermediate_size), exact GELU
-        narrowed = F.dropout(self.output(widened), rate, self.training)  # (B, T, H)
+        narrowed = dropout(self.output(widened), rate, self.training)  # (B, T, H)
         normed: Tensor = self.output_norm(hidden + narrowed)  # (B, T, H)
         return normed
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rate: float, training: bool
+) -> Tensor:
+    """softmax(Q K^T / sqrt(H / N)) V over the keys of the mask: (B, N, T, H / N), the same back.
+
+    Written out where a CPU trains: torch's ways take a tenth longer. Elsewhere all but cuDNN's,
+    whose gradients under a mask can be wrong (https://github.com/pytorch/pytorch/issues/196678).
+    """
+    if not training or query.device.type != "cpu":
+        ways = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        with sdpa_kernel(ways):
+            return F.scaled_dot_product_attention(query, key, value, mask, rate * training)
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)  # (B, N, T, T)
+    if mask is not None:
+        never = torch.zeros_like(mask, dtype=scores.dtype)  # (B, 1, 1, T)
+        scores = scores + never.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return dropout(scores.softmax(-1), rate, training) @ value
+
+
+def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
+    """A share `rate` of the numbers 0, the others so much larger; on a CPU in 256ths.
+
+    There a byte is drawn for each number, eight at once: torch's takes three times as long.
+    """
+    zeroed = min(round(256 * rate), 255)
+    if not (training and zeroed) or x.device.type != "cpu":
+        return F.dropout(x, rate, training)
+    drawn = torch.randint(-(2**63), 2**63 - 1, (x.numel() // 8 + 1,)).view(torch.uint8)
+    kept = drawn[: x.numel()].view(x.shape) >= zeroed
+    return x * kept.to(x.dtype) * (256 / (256 - zeroed))
 
 
 class Bert(nn.Module):
@@ -198,21 +231,27 @@ class Bert(nn.Module):
         segments = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         hidden = self.word_embeddings(input_ids) + self.token_type_embeddings(segments)  # (B, T, H)
         hidden = self.embeddings_norm(hidden + self.position_embeddings(positions))  # (B, T, H)
-        hidden_states = [F.dropout(hidden, self.config.hidden_dropout_prob, self.training)]
+        hidden_states = [dropout(hidden, self.config.hidden_dropout_prob, self.training)]
         mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()
         for layer in self.layers:
             hidden_states.append(layer(hidden_states[-1], mask))  # (B, T, H)
         pooled = torch.tanh(self.pooler(hidden_states[-1][:, 0]))  # (B, H)
-        pooled = F.dropout(pooled, self.head_dropout, self.training)
+        pooled = dropout(pooled, self.head_dropout, self.training)
         return BertOutput(self.classifier(pooled), tuple(hidden_states))
 
 
-def bert_of(config: BertConfig, state: dict[str, Tensor]) -> Bert:
-    """The BERT of these tensors, every one of its own: nothing is drawn or allocated twice."""
-    with torch.device("meta"):
-        model = Bert(config)
-    model.load_state_dict(state, assign=True)
-    return model
+class Unfilled(TorchFunctionMode):
+    """Inside, `nn.init` does nothing: on the meta device it would import sympy, for a second."""
+
+    def __torch_function__(self, call: Any, types: Any, given: Any = (), named: Any = None) -> Any:
+        ours = getattr(call, "__module__", None) == "torch.nn.init"
+        return None if ours else call(*given, **named or {})
+
+
+def bert_without_weights(config: BertConfig) -> Bert:
+    """A BERT that takes no memory until `load_state_dict(tensors, assign=True)` gives it some."""
+    with torch.device("meta"), Unfilled():
+        return Bert(config)
 
 
 # --- the student: layers of its teacher ----------------------------------------------------------
@@ -262,7 +301,8 @@ def prune(teacher: Bert, keep: Sequence[int]) -> Bert:
                 continue
             name = f"layers.{keep.index(int(layer) + 1)}.{rest}"
         state[name] = tensor.clone()
-    pruned = bert_of(replace(teacher.config, num_hidden_layers=len(keep)), state)
+    pruned = bert_without_weights(replace(teacher.config, num_hidden_layers=len(keep)))
+    pruned.load_state_dict(state, assign=True)
     return pruned.train(teacher.training)
 
 
@@ -325,7 +365,7 @@ def sentence_features(hidden_states: Sequence[Tensor], attention_mask: Tensor) -
     features = []
     for hidden in hidden_states:
         hidden = hidden.float().masked_fill(unseen, 0)
-        largest = (hidden + never_largest).amax(1)  # (B, H)
+        largest = (hidden + never_largest).max(1).values  # (B, H)
         mean = torch.bmm(share.unsqueeze(1), hidden).squeeze(1)  # (B, H)
         features.append(torch.stack([hidden[:, 0], largest, mean], dim=1))  # (B, E, H)
     stacked = torch.stack(features, dim=1)  # (B, K, E, H)
@@ -363,7 +403,7 @@ class SentenceExperts(nn.Module):
 
 def fit_experts(
     experts: SentenceExperts,
-    features: Tensor,
+    features: "Tensor | StoredFeatures",
     logits: Tensor,
     labels: Tensor,
     *,
@@ -382,10 +422,10 @@ def fit_experts(
     optimizer.add_param_group({"params": [experts.gate_bias], "lr": 2e-2})
     offset = class_offset(labels, logits.shape[1], logit_adjustment).to(device)  # (C,)
     for _ in range(steps):
-        rows = torch.randint(len(features), (256,), generator=generator)
-        seen, target, known = (t[rows].to(device) for t in (features, logits, labels))
+        rows = torch.randint(len(labels), (256,), generator=generator)
+        seen, target, known = (t[rows].to(device).float() for t in (features, logits, labels))
         loss = 0.01 * importance_loss(experts.gate())
-        for guess in experts.predict(experts(seen.float())).unbind(1):  # (B, C) of each layer
+        for guess in experts.predict(experts(seen)).unbind(1):  # (B, C) of each layer
             loss = loss + hard_loss(guess, known, offset) + soft_loss(guess, target, temperature)
         loss.backward()
         optimizer.step()
@@ -576,8 +616,8 @@ Objective = Callable[[BertOutput, Tensor, Tensor, float], dict[str, Tensor]]
 class TeacherCache(NamedTuple):
     """All that is kept of the teacher, for each of n training and transfer texts."""
 
-    features: Tensor  # (n, K, E, H) fp16, standardised, memory-mapped
-    logits: Tensor  # (n, C)
+    features: "Tensor | StoredFeatures"  # (n, K, E, H) fp16, standardised, on the disk
+    logits: Tensor  # (n, C) fp16
     labels: Tensor  # (n,) class ids or scores as floats, NaN for a transfer text
 
 
@@ -611,7 +651,7 @@ class Distillation:
         """output of the student for these rows of the cache; progress 0..1 through the training."""
         config, device = self.config, output.logits.device
         logits, labels = output.logits.float(), ship(self.cache.labels[rows], device)
-        target = ship(self.cache.logits[rows], device)  # (B, C)
+        target = ship(self.cache.logits[rows], device).float()  # (B, C)
         terms = {"hard": (1 - self.soft_weight) * hard_loss(logits, labels, self.offset)}
         if config.soft:
             terms["soft"] = self.soft_weight * soft_loss(logits, target, config.temperature)
@@ -688,7 +728,7 @@ def train(
             progress = (step - 0.5) / len(batches)  # the middle of the step: no rate is 0
             rows = rows[rank::processes] if len(rows) >= processes else rows
             batch = data.collate(encoded, rows, device)
-            with autocast(config), attention_kernel(device, training=True):
+            with autocast(config):
                 output = forward(**batch)
             terms = objective(output, batch["attention_mask"], torch.from_numpy(rows), progress)
             if processes > 1:
@@ -698,7 +738,7 @@ def train(
             norm = update(model, optimizer, terms, rate, config.clip, broken)
             kept = step % config.save_every == 0 or step == len(batches) or bool(interrupted)
             if device.type != "cuda" or kept or step % config.log_every == 0:  # else no waiting
-                refuse_not_finite(int(broken), terms, norm, f"{log.phase} step {step}")
+                refuse_not_finite(broken, terms, norm, f"{log.phase} step {step}")
             speed = size * (step - done) / (time.perf_counter() - started)
             log.step(step, len(batches), terms, rate, speed, size)
             if state and kept:
@@ -728,9 +768,9 @@ def update(
     return norm
 
 
-def refuse_not_finite(steps: int, terms: dict[str, Tensor], norm: Tensor, where: str) -> None:
+def refuse_not_finite(broken: Tensor, terms: dict[str, Tensor], norm: Tensor, where: str) -> None:
     """Raises ValueError with the terms of a loss, if one or its gradient was not finite of late."""
-    if steps:
+    if steps := int(broken):
         shown = " + ".join(f"{name} {term.item():g}" for name, term in terms.items())
         since = f" (and {steps - 1} before it)" if steps > 1 else ""
         told = f"loss or gradient not finite: {shown}, gradient's norm {norm.item():g}"
@@ -768,17 +808,18 @@ def teacher_pass(
     mark, beside = checksum(teacher, encoded, np.array(aligned)), Path(f"{path}.logits")
     known = load_state(beside) if path.exists() and not dist.is_initialized() else {}
     if known.get("mark") == mark and path.stat().st_size == 2 * math.prod(shape):
-        return TeacherCache(map_features(path, shape), known["logits"], labels)
+        return TeacherCache(StoredFeatures(path, shape), known["logits"], labels)
     print(f"cache: {path}, {2 * math.prod(shape) / 1e6:.0f} MB for {len(encoded)} texts")
     owner = os.getppid() if parts > 1 else os.getpid()  # one name for all of a machine
     unfinished = path.with_name(f".{path.name}.{owner}.part")
-    features = map_features(unfinished, shape, new=True)
-    logits = torch.full((len(encoded), len(teacher.config.labels)), -torch.inf)  # gather's lowest
+    features = StoredFeatures(unfinished, shape, new=True)
+    size = len(encoded), len(teacher.config.labels)
+    logits = torch.full(size, -torch.inf, dtype=torch.float16)  # gather's lowest
     done, count, started = 0, len(encoded), time.perf_counter()
     for rows, mask, output in run_batches(teacher, encoded, config, part, parts):
         matched = [output.hidden_states[layer] for layer in aligned]
         features[rows] = sentence_features(matched, mask).half().cpu()
-        logits[rows] = output.logits.float().cpu()
+        logits[rows] = output.logits.half().cpu()
         done = min(done + len(rows) * parts, count)
         if log and (done == count or log.due(30)):
             log.show(done, count, count - done, done / (time.perf_counter() - started), "texts")
@@ -856,9 +897,7 @@ class Run:
 
     config: DistillConfig  # settled
     task: "glue.Task"
-    train_set: "glue.Examples"
     dev: "glue.Examples"
-    transfer: list[Any]  # unlabelled texts
     source: Path  # the BERT or teacher it starts from, with the tokenizer
     tokenizer: "Tokenizer"
     encoded: "data.Encoded"  # the training texts, then the unlabelled ones
@@ -885,9 +924,8 @@ def start(config: DistillConfig, shared: Path | None = None) -> tuple[Run, Bert]
     transfer = gather_transfer(config, task, train_set.texts)
     encoded = data.encode(tokenizer, [*train_set.texts, *transfer])
     log = Log(out / "log.jsonl", config.log_every)
-    run = Run(config, task, train_set, dev, transfer, source, tokenizer, encoded, learnt, unit, log,
-              out, shared)  # fmt: skip
-    open_run(run, checksum(bert))
+    run = Run(config, task, dev, source, tokenizer, encoded, learnt, unit, log, out, shared)
+    open_run(run, flags_that_matter(config, train_set) | {"crc of the weights": checksum(bert)})
     print(f"MicroBERT on {task.name}: {len(learnt):,} training texts, {len(dev.texts):,} of dev")
     if bert.fresh:
         print(f"{source}: {', '.join(bert.fresh)} drawn at random, to be fine-tuned")
@@ -1071,7 +1109,8 @@ def auto_epochs(examples: int, batch_size: int, least: int) -> int:
 def ask(run: Run, teacher: Bert) -> tuple[TeacherCache, int]:
     """What the teacher says of all texts in its one pass (in `score_unit`s), and a mark of both."""
     config, (center, spread) = run.config, run.unit
-    labels = torch.cat([run.labels, torch.full((len(run.transfer),), torch.nan)])
+    labels = torch.full((len(run.encoded),), torch.nan)  # of transfer text
+    labels[: len(run.labels)] = run.labels
     rescale(teacher, 1 / spread, -center / spread)
     depth = teacher.config.num_hidden_layers
     layers = layer_map(depth, len(start_layers(config, depth)))
@@ -1136,7 +1175,7 @@ def run_batches(
     room = 2048 if device.type == "cpu" else 32_768  # tokens: caches are small
     for rows in islice(data.sorted_batches(encoded.lengths, room), part, None, parts):
         batch = data.collate(encoded, rows, device)
-        with autocast(config), attention_kernel(device, training=False):
+        with autocast(config):
             output = model(**batch)
         yield torch.from_numpy(rows), batch["attention_mask"], output
 
@@ -1558,8 +1597,8 @@ def load_bert(path: str | Path, labels: Sequence[str] | None = None) -> Bert:
     config = load_config(Path(path) / "config.json", head=labels is None)
     source, stored = read_weights(Path(path), head=labels is None)
     config = config if labels is None else replace(config, labels=tuple(labels))
-    with torch.device("meta"):  # nothing is taken until the file is known to fit
-        shapes = {name: tuple(t.shape) for name, t in Bert(config).state_dict().items()}
+    model = bert_without_weights(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     parts = {name.rsplit(".", 1)[0] for name in stored}
     fresh = [part for part in ("pooler", "classifier") if _NAMES[part] not in parts]
     wanted = {theirs(n): shape for n, shape in shapes.items() if n.split(".")[0] not in fresh}
@@ -1570,7 +1609,7 @@ def load_bert(path: str | Path, labels: Sequence[str] | None = None) -> Bert:
     state = {n: stored[theirs(n)].float().contiguous() for n in shapes if theirs(n) in wanted}
     for name in (name for name in shapes if name not in state):
         state[name] = torch.randn(shapes[name]) * config.initializer_range * ("weight" in name)
-    model = bert_of(config, state)
+    model.load_state_dict(state, assign=True)
     model.fresh = tuple(fresh)
     if set(fresh) - ({"classifier"} if labels is not None else set()):
         warnings.warn(f"{source}: no {' and '.join(fresh)} in it, drawn at random", stacklevel=2)
@@ -1844,13 +1883,12 @@ def load_state(path: Path, **parts: Any) -> dict[str, Any]:
         return dict(saved)
 
 
-def open_run(run: Run, weights: int) -> None:
+def open_run(run: Run, flags: dict[str, Any]) -> None:
     """Makes --out this run's: goes on with the same flags, or starts anew; else ValueError."""
     out, config, stale = run.out, run.config, [run.out / "results.json"]
     if stale[0].exists() and not config.overwrite:
         sweep(out)  # a kill may have come between
         raise ValueError(f"{out} holds a finished run (results.json); --overwrite replaces it")
-    flags = flags_that_matter(config, run.train_set) | {"crc of the weights": weights}
     goes_on = same_flags(out, flags, config.overwrite) and not stale[0].exists()
     for place in (out / "teacher", out / "student", out / "baseline"):
         itself = place.resolve() == run.source.resolve()
@@ -2097,20 +2135,39 @@ def join_processes(config: DistillConfig) -> DistillConfig:
     return replace(config, device=device)
 
 
-def map_features(path: Path, shape: tuple[int, ...], *, new: bool = False) -> Tensor:
-    """The numbers of a file, fp16, mapped into memory; new: of zeros, once for all of a machine.
+class StoredFeatures:
+    """Numbers of a file, fp16, mapped into memory for the moment in which rows are read or written.
 
-    Filling a file beyond its end a full disk would kill the process; here it is an OSError.
+    new: of zeros, once for all of a machine. It is filled at once, since a full disk would kill a
+    process that writes beyond its end; here it is an OSError.
     """
-    if new and not process_here()[0]:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with naming(path), path.open("wb") as file:
-            for _ in range(shape[0]):
-                file.write(bytes(2 * math.prod(shape[1:])))
-    if new:
-        barrier()
-    numbers = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.float16)
-    return numbers.view(shape)
+
+    def __init__(self, path: Path, shape: tuple[int, ...], *, new: bool = False) -> None:
+        if new and not process_here()[0]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with naming(path), path.open("wb") as file:
+                for _ in range(shape[0]):
+                    file.write(bytes(2 * math.prod(shape[1:])))
+        if new:
+            barrier()
+        with path.open("r+b") as file:
+            self.mapped = mmap.mmap(file.fileno(), 2 * math.prod(shape))
+        self.shape = shape
+        self.numbers = torch.frombuffer(self.mapped, dtype=torch.float16).view(shape)
+
+    def __getitem__(self, rows: Any) -> Tensor:
+        found = self.numbers[rows]
+        self.leave()
+        return found
+
+    def __setitem__(self, rows: Any, numbers: Tensor) -> None:
+        self.numbers[rows] = numbers
+        self.leave()
+
+    def leave(self) -> None:
+        """Frees the memory: the system keeps what was touched as long as it has room for files."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def checksum(*things: Any) -> int:
@@ -2123,16 +2180,6 @@ def checksum(*things: Any) -> int:
             array = part.cpu().numpy() if isinstance(part, Tensor) else part
             crc = zlib.crc32(np.ascontiguousarray(array).data, crc)
     return crc
-
-
-def attention_kernel(device: torch.device, training: bool) -> AbstractContextManager[None]:
-    """Which of torch's ways to compute attention may be taken.
-
-    To train on a CPU the plain formula: the others take a third longer. On a GPU all but cuDNN's,
-    whose gradients under a mask can be wrong (https://github.com/pytorch/pytorch/issues/196678).
-    """
-    plain, others = SDPBackend.MATH, [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-    return sdpa_kernel(plain if training and device.type == "cpu" else [plain, *others])
 
 
 @contextmanager

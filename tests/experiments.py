@@ -126,7 +126,7 @@ class Pkd:
 
     def __call__(self, output, mask, rows, progress):
         logits, share = output.logits.float(), self.config.soft_weight
-        labels, target = self.cache.labels[rows], self.cache.logits[rows]
+        labels, target = self.cache.labels[rows], self.cache.logits[rows].float()
         terms = {
             "hard": (1 - share) * m.hard_loss(logits, labels, self.offset),
             "soft": share * m.soft_loss(logits, target, self.config.temperature),
@@ -148,9 +148,9 @@ def peer_stages(name, run, cache, encoded, teacher, student, layers):
         return [(objective, encoded, ours[0].epochs), (objective, labelled, again)]
     stages = []
     for predicting, (rows, passes) in enumerate(two_stages(encoded, ours[0].epochs)):
-        logits, part = cache.logits[rows] if predicting else None, some(encoded, rows)
+        logits, part = cache.logits[rows].float() if predicting else None, some(encoded, rows)
         stages.append((TinyBert(teacher, student, part, layers, config, logits), part, passes))
-    soft = cache.logits[: len(labelled)]
+    soft = cache.logits[: len(labelled)].float()
     return [*stages, (TinyBert(teacher, student, labelled, layers, config, soft), labelled, again)]
 
 

@@ -141,7 +141,7 @@ def test_no_row_sees_what_its_options_exclude(files, monkeypatch):  # noqa: F811
     seen, fit = [], microbert.fit_experts
 
     def watched(experts, features, logits, labels, **rest):
-        seen.append((len(features), int(labels.isnan().sum())))
+        seen.append((len(labels), int(labels.isnan().sum())))
         return fit(experts, features, logits, labels, **rest)
 
     monkeypatch.setattr(microbert, "fit_experts", watched)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -34,22 +35,43 @@ def test_attention_of_training_equals_that_of_answering(padded):
     mask[0, 4:] = mask[1, 7:] = 0
     for training in (True, False):
         model.train(training).zero_grad()
-        with microbert.attention_kernel(torch.device("cpu"), training):
-            output = model(ids, mask if padded else None)
+        output = model(ids, mask if padded else None)
         (output.logits.sum() + output.hidden_states[-1][:, 0].square().sum()).backward()
         found.append([output.logits, *(p.grad for p in model.parameters())])
     for trained, answered in zip(*found):
         torch.testing.assert_close(trained, answered, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("device, training", [("cuda", True), ("cuda", False), ("cpu", True)])
-def test_kernels_of_attention(device, training):
-    """Catches cuDNN's, whose gradients can be wrong, and a slow one in training on a CPU."""
-    ways, before = torch.backends.cuda, torch.backends.cuda.cudnn_sdp_enabled()
-    with microbert.attention_kernel(torch.device(device), training):
-        assert not ways.cudnn_sdp_enabled() and ways.math_sdp_enabled()
-        assert ways.mem_efficient_sdp_enabled() == ways.flash_sdp_enabled() == (device == "cuda")
-    assert ways.cudnn_sdp_enabled() == before
+@pytest.mark.parametrize("device, training", [("meta", True), ("cpu", False), ("cpu", True)])
+def test_kernels_of_attention(monkeypatch, device, training):
+    """Catches cuDNN's, whose gradients can be wrong, dropout in answers, torch's where slow."""
+    ways, seen = torch.backends.cuda, []
+
+    def watched(*arguments):
+        seen.append((ways.cudnn_sdp_enabled(), ways.flash_sdp_enabled(), arguments[-1]))
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    one = torch.ones(1, 1, 2, 4, device=device)
+    microbert.attention(one, one, one, None, 0.1, training)
+    assert seen == ([] if (device, training) == ("cpu", True) else [(False, True, 0.1 * training)])
+    assert ways.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.001, 0.1, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout(rate, dtype):
+    """Catches another share, another scale, the same numbers twice, a gradient of others."""
+    torch.manual_seed(0)
+    x = torch.ones(101, 333, dtype=dtype, requires_grad=True)
+    first, second = (microbert.dropout(x, rate, True) for _ in range(2))
+    first.sum().backward()
+    assert x.grad.equal(first) and first.dtype == dtype
+    assert (first == 0).float().mean().item() == pytest.approx(rate, abs=0.005)
+    if 0.01 < rate < 0.9:
+        assert first.mean(dtype=torch.float32).item() == pytest.approx(1, abs=0.01)
+        both = ((first == 0) & (second == 0)).float().mean().item()
+        assert both == pytest.approx(rate**2, abs=0.01)
+    assert microbert.dropout(x, rate, False) is x
 
 
 def test_a_pruned_model_is_in_its_teachers_mode():
@@ -65,6 +87,15 @@ def test_loading_and_pruning_draw_no_random_numbers(tmp_path):
     after = torch.rand(1)
     torch.manual_seed(0)
     assert torch.equal(after, torch.rand(1))
+
+
+def test_loading_imports_nothing_more(root, tmp_path):
+    """Catches what torch imports to draw numbers on no device: a second of every command."""
+    save_bert(Bert(TINY), tmp_path)
+    code = (
+        "import sys, microbert; microbert.load_bert(sys.argv[1]); sys.exit('sympy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, tmp_path], cwd=root).returncode == 0
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5])
@@ -255,6 +286,26 @@ def test_the_benchmark_counts_products(root, monkeypatch):
     assert products.flops == 3 * 2 * 3 * 4 * 5  # forward, and one for each gradient
     assert sum(products.found.values()) == 3
     products.again()
+    lengths = np.array([3, 5, 2])  # of 2 layers, widths 16 and 32
+    expected = 2 * ((2 * 3 + 5) * 2 * (4 * 16 * 16 + 2 * 16 * 32) + (2 * 9 + 25) * 4 * 16)
+    assert bench.flops(shape(), 2, lengths, [[0, 2], [1]]) == expected
+
+
+@slow
+def test_the_benchmark_trains(files, monkeypatch, root):  # noqa: F811
+    """Catches rows that have fallen behind the code, limits of another side."""
+    monkeypatch.syspath_prepend(root / "tests")
+    import bench
+
+    monkeypatch.setattr(bench, "BATCH", 1)
+    save_bert(Bert(shape(num_hidden_layers=6, max_position_embeddings=128)), files / "bert")
+    lines = ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", *["1\t1\t2\ta b c\td e"] * 24]
+    (files / "MRPC").mkdir()
+    (files / "MRPC/train.tsv").write_text("\n".join(lines) + "\n")
+    s = bench.Setting(Namespace(bert=files / "bert", data_dir=files, repeats=1))
+    found = [row for name in ("encode", "step", "loops") for row in bench.ROWS[name](s)]
+    assert len(found) == 1 + 4 * 3 + 4 * 2 and all(row["limit"] > 0.9 for row in found)
+    assert all(0 < row["share"] < 9 for row in found)
 
 
 @pytest.mark.parametrize("task, labels", [("SST-2", ("0", "1")), ("STS-B", ("score",))])

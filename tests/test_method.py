@@ -293,16 +293,18 @@ def test_teacher_is_run_in_eval_mode(tmp_path):
     teacher, encoded, path = Bert(TINY).train(), texts(), tmp_path / "cache"
     config = DistillConfig(device="cpu")
     cache = microbert.teacher_pass(teacher, encoded, torch.zeros(37), (2, 4), config, path)
-    assert not teacher.training and cache.features.dtype == torch.float16
+    assert not teacher.training and cache.features[:].dtype == torch.float16
     assert path.stat().st_size == 37 * 2 * 3 * 16 * 2
     for row in (0, 5, 36):
         batch = data.collate(encoded, np.array([row]))
         output = teacher.eval()(**batch)
-        torch.testing.assert_close(cache.logits[row], output.logits[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            cache.logits[row].float(), output.logits[0], atol=1e-3, rtol=1e-3
+        )
         matched = [output.hidden_states[2], output.hidden_states[4]]
         features = microbert.sentence_features(matched, batch["attention_mask"])[0]
         torch.testing.assert_close(cache.features[row].float(), features, atol=2e-3, rtol=2e-3)
-    assert not cache.logits.requires_grad and not cache.features.requires_grad
+    assert not cache.logits.requires_grad and not cache.features[:].requires_grad
 
 
 def cut(path):
@@ -339,7 +341,7 @@ def test_the_pass_is_used_again_for_the_same_alone(tmp_path, other):
     forwards, labels, caches = [], torch.zeros(37), []
     teacher.register_forward_hook(lambda *_: forwards.append(1))
     caches.append(microbert.teacher_pass(teacher, encoded, labels, (2, 4), config, path))
-    first, kept = len(forwards), caches[0].features.clone()
+    first, kept = len(forwards), caches[0].features[:].clone()
     assert first > 0
     with torch.no_grad():
         CACHES[other](teacher, encoded, path)
@@ -348,10 +350,10 @@ def test_the_pass_is_used_again_for_the_same_alone(tmp_path, other):
     assert (len(forwards) == first) == (other == "nothing")
     assert torch.equal(caches[1].labels, labels + 1)  # the caller's, whatever was stored
     fresh = microbert.teacher_pass(teacher, encoded, labels, layers, config, tmp_path / "fresh")
-    assert torch.equal(caches[1].features, fresh.features)
+    assert torch.equal(caches[1].features[:], fresh.features[:])
     assert torch.equal(caches[1].logits, fresh.logits)
     if "cut" not in other:
-        assert torch.equal(caches[0].features, kept)  # the file before stays mapped
+        assert torch.equal(caches[0].features[:], kept)  # the file before stays mapped
 
 
 def objective_of(folder, **options):
@@ -382,7 +384,7 @@ def test_terms_are_weighted_and_switched(tmp_path):
     features = microbert.sentence_features(output.hidden_states[1:], batch["attention_mask"])
     expected = {
         "hard": 0.3 * microbert.hard_loss(output.logits, cache.labels[rows]),
-        "soft": 0.7 * microbert.soft_loss(output.logits, cache.logits[rows], 2.0),
+        "soft": 0.7 * microbert.soft_loss(output.logits, cache.logits[rows].float(), 2.0),
         "align": 3 * microbert.alignment_loss(features, cache.features[rows].float(), experts),
     }
     for name, value in expected.items():
@@ -518,7 +520,7 @@ def test_what_the_discriminator_is_shown(tmp_path, moe):
     output, cache = student(**batch), objective.cache
     objective(output, batch["attention_mask"], torch.arange(8), 0.9)
     own = microbert.sentence_features(output.hidden_states[1:], batch["attention_mask"])
-    sides = (cache.features[:8].float(), cache.logits[:8]), (own, output.logits)
+    sides = (cache.features[:8].float(), cache.logits[:8].float()), (own, output.logits)
     for found, (features, logits) in zip(shown, sides, strict=True):
         views, fused = features[:, -1], features[:, -1].mean(1)
         if moe:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -343,7 +344,7 @@ def test_a_pass_without_a_group_is_whole(files, monkeypatch, tmp_path):
     config = settle(DistillConfig(device="cpu", precision="fp32"))
     made = (load_bert(files / "bert"), encoded, torch.zeros(99), [2, 4], config, tmp_path / "cache")
     cache = microbert.teacher_pass(*made)
-    assert cache.logits.isfinite().all() and (cache.features.float().std(-1) > 0.5).all()
+    assert cache.logits.isfinite().all() and (cache.features[:].float().std(-1) > 0.5).all()
 
 
 def test_the_number_of_a_gpu_is_no_flag(files, monkeypatch):
@@ -382,6 +383,32 @@ def test_a_step_asks_the_device_nothing(tmp_path):
         assert torch.ones(()).item() and asked == ["local_scalar"]
 
 
+def test_a_run_mixes_no_devices(files, monkeypatch):
+    """Catches a tensor left on the CPU, and a number fetched in a step: this device has none."""
+    device, plain = torch.device("meta"), torch.optim.RMSprop  # which asks for no kernel
+    monkeypatch.setattr(microbert, "resolve_device", lambda _: device)
+    monkeypatch.setattr(microbert, "refuse_not_finite", lambda *_: None)
+    monkeypatch.setattr(microbert.torch.optim, "Adam", lambda p, **_: plain(p))
+    monkeypatch.setattr(microbert.torch.optim, "AdamW", lambda p, **_: plain(p))
+    monkeypatch.setattr(microbert.Log, "step", lambda *_: None)
+    config, teacher = DistillConfig(precision="fp32", expert_size=8), Bert(shape())
+    encoded = data.encode(data.load_tokenizer(files / "bert"), ["a b c", "d e", "f"] * 9)
+    features, labels = torch.randn(27, 2, 3, 16).half(), torch.tensor([0.0, 1, torch.nan] * 9)
+    cache = microbert.TeacherCache(features, torch.randn(27, 2).half(), labels)
+    experts = microbert.SentenceExperts(2, 16, 8, 2).to(device)
+    microbert.fit_experts(experts, *cache, steps=2)
+    student, log = microbert.prune(teacher, (2, 4)), microbert.Log(None)
+    for objective in (
+        microbert.Distillation(cache, experts, config),
+        microbert.Distillation(cache, None, config),
+        microbert.of_labels(labels, 2, config),
+    ):
+        with microbert.only_seen_words(student, encoded) as seen:
+            microbert.train(student, seen, objective, config, log, epochs=1, lr=1e-3)
+    batches = microbert.run_batches(teacher, encoded, config, 0, 1)
+    assert {output.logits.device for _, _, output in batches} == {device}
+
+
 def test_a_batch_looks_at_its_own_rows(monkeypatch):
     """Catches the lengths of all texts worked out for every batch."""
     encoded = data.Encoded(np.arange(9, dtype=np.int32), np.zeros(9, np.uint8), np.array([0, 2, 9]))
@@ -416,7 +443,7 @@ def test_the_cache_is_never_read_whole(tmp_path, monkeypatch):
     texts, path = 20_000_000, tmp_path / "cache"
     with path.open("wb") as file:
         file.truncate(2 * texts * 2 * 3 * 1024)  # 246 GB
-    features = microbert.map_features(path, (texts, 2, 3, 1024))
+    features = microbert.StoredFeatures(path, (texts, 2, 3, 1024))
     cache = microbert.TeacherCache(features, torch.zeros(texts, 2), torch.zeros(texts))
     config = settle(DistillConfig(device="cpu", expert_size=8))
     experts = microbert.make_experts(cache, config)
@@ -425,6 +452,22 @@ def test_the_cache_is_never_read_whole(tmp_path, monkeypatch):
     output = microbert.BertOutput(torch.zeros(4, 2), hidden)
     terms = objective(output, torch.ones(4, 5), torch.tensor([0, 7, texts // 2, texts - 1]), 1.0)
     assert all(term.isfinite() for term in terms.values())
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_the_cache_does_not_stay_in_memory(tmp_path):
+    """Catches a peak of memory that grows with the texts; what was written must still be read."""
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[2]) * os.sysconf("SC_PAGE_SIZE")
+
+    features = microbert.StoredFeatures(tmp_path / "cache", (1000, 2, 3, 4096), new=True)  # 49 MB
+    before = resident()
+    for rows in torch.arange(1000).split(50):
+        features[rows] = rows[:, None, None, None].expand(-1, 2, 3, 4096).half()
+    for rows in torch.arange(1000).flip(0).split(50):
+        assert features[rows][:, 1, 2, 4095].equal(rows.half())
+    assert resident() - before < 10e6
 
 
 def change_a_weight(folder):
@@ -485,7 +528,7 @@ def test_a_teachers_pass_is_taken_for_itself_alone(tmp_path, capsys):
         assert harmed is not False or (path.stat().st_ino, path.stat().st_mtime_ns) == before
         assert ("note: not used" in shown.err) == (harmed == beside)
         clean = microbert.teacher_pass(*arguments, tmp_path / "clean")
-        assert torch.equal(found.features, clean.features)
+        assert torch.equal(found.features[:], clean.features[:])
         assert torch.equal(found.logits, clean.logits)
 
 
@@ -617,7 +660,7 @@ def test_steps_that_are_not_finite_move_nothing():
     with pytest.raises(
         ValueError, match=r"step 4 \(and 2 before it\): loss or gradient not finite"
     ):
-        microbert.refuse_not_finite(int(broken), terms, norm, "step 4")
+        microbert.refuse_not_finite(broken, terms, norm, "step 4")
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])

@@ -49,7 +49,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend as Kernel
+from torch.nn.attention import sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 if TYPE_CHECKING:
@@ -167,27 +168,12 @@ def attention(
     whose gradients under a mask can be wrong (https://github.com/pytorch/pytorch/issues/196678).
     """
     if not training or query.device.type != "cpu":
-        ways = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-        with sdpa_kernel(ways):
+        with sdpa_kernel([Kernel.FLASH_ATTENTION, Kernel.EFFICIENT_ATTENTION, Kernel.MATH]):
             return F.scaled_dot_product_attention(query, key, value, mask, rate * training)
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)  # (B, N, T, T)
     if mask is not None:
-        never = torch.zeros_like(mask, dtype=scores.dtype)  # (B, 1, 1, T)
-        scores = scores + never.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        scores = scores + (~mask).to(scores.dtype) * torch.finfo(scores.dtype).min
     return dropout(scores.softmax(-1), rate, training) @ value
-
-
-def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
-    """A share `rate` of the numbers 0, the others so much larger; on a CPU in 256ths.
-
-    There a byte is drawn for each number, eight at once: torch's takes three times as long.
-    """
-    zeroed = min(round(256 * rate), 255)
-    if not (training and zeroed) or x.device.type != "cpu":
-        return F.dropout(x, rate, training)
-    drawn = torch.randint(-(2**63), 2**63 - 1, (x.numel() // 8 + 1,)).view(torch.uint8)
-    kept = drawn[: x.numel()].view(x.shape) >= zeroed
-    return x * kept.to(x.dtype) * (256 / (256 - zeroed))
 
 
 class Bert(nn.Module):
@@ -238,14 +224,6 @@ class Bert(nn.Module):
         pooled = torch.tanh(self.pooler(hidden_states[-1][:, 0]))  # (B, H)
         pooled = dropout(pooled, self.head_dropout, self.training)
         return BertOutput(self.classifier(pooled), tuple(hidden_states))
-
-
-class Unfilled(TorchFunctionMode):
-    """Inside, `nn.init` does nothing: on the meta device it would import sympy, for a second."""
-
-    def __torch_function__(self, call: Any, types: Any, given: Any = (), named: Any = None) -> Any:
-        ours = getattr(call, "__module__", None) == "torch.nn.init"
-        return None if ours else call(*given, **named or {})
 
 
 def bert_without_weights(config: BertConfig) -> Bert:
@@ -813,8 +791,7 @@ def teacher_pass(
     owner = os.getppid() if parts > 1 else os.getpid()  # one name for all of a machine
     unfinished = path.with_name(f".{path.name}.{owner}.part")
     features = StoredFeatures(unfinished, shape, new=True)
-    size = len(encoded), len(teacher.config.labels)
-    logits = torch.full(size, -torch.inf, dtype=torch.float16)  # gather's lowest
+    logits = torch.full((len(encoded), len(teacher.config.labels)), -torch.inf, dtype=torch.float16)
     done, count, started = 0, len(encoded), time.perf_counter()
     for rows, mask, output in run_batches(teacher, encoded, config, part, parts):
         matched = [output.hidden_states[layer] for layer in aligned]
@@ -2180,6 +2157,27 @@ def checksum(*things: Any) -> int:
             array = part.cpu().numpy() if isinstance(part, Tensor) else part
             crc = zlib.crc32(np.ascontiguousarray(array).data, crc)
     return crc
+
+
+def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
+    """A share `rate` of the numbers 0, the others so much larger; on a CPU in 256ths.
+
+    There a byte is drawn for each number, eight at once: torch's takes twice as long.
+    """
+    zeroed = min(round(256 * rate), 255)
+    if not (training and zeroed) or x.device.type != "cpu":
+        return F.dropout(x, rate, training)
+    drawn = torch.randint(-(2**63), 2**63 - 1, (x.numel() // 8 + 1,)).view(torch.uint8)
+    kept = drawn[: x.numel()].view(x.shape) >= zeroed
+    return x * kept.to(x.dtype) * (256 / (256 - zeroed))
+
+
+class Unfilled(TorchFunctionMode):
+    """Inside, `nn.init` does nothing: on the meta device it would import sympy, for a second."""
+
+    def __torch_function__(self, call: Any, types: Any, given: Any = (), named: Any = None) -> Any:
+        ours = getattr(call, "__module__", None) == "torch.nn.init"
+        return None if ours else call(*given, **named or {})
 
 
 @contextmanager

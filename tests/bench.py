@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,12 +58,9 @@ class Setting:
     def config(self, precision):
         return mb.settle(mb.DistillConfig(device="cpu", precision=precision))
 
-    def batches(self, task, count, *, bucketed):
-        """Rows of training batches, as our loop takes them or in random order."""
-        encoded = self.encoded[task]
-        if bucketed:
-            return data.bucketed_batches(encoded.lengths, BATCH, seed=0, epoch=0)[:count]
-        order = np.random.default_rng(0).permutation(len(encoded))
+    def batches(self, task, count):
+        """Rows of batches in random order."""
+        order = np.random.default_rng(0).permutation(len(self.encoded[task]))
         return [order[i * BATCH : (i + 1) * BATCH] for i in range(count)]
 
 
@@ -114,7 +112,7 @@ def forward(s):
         cast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
         for task in ("SST-2", "MRPC"):
             encoded = s.encoded[task]
-            batches = [data.collate(encoded, rows) for rows in s.batches(task, 12, bucketed=False)]
+            batches = [data.collate(encoded, rows) for rows in s.batches(task, 12)]
             sizes = encoded.lengths[:1024]
             sorted_rows = list(data.sorted_batches(sizes))
             random_rows = np.random.default_rng(0).permutation(1024).reshape(-1, BATCH)
@@ -253,6 +251,11 @@ def a_student(teacher):
     return student
 
 
+def train(model, encoded, objective, config, epochs=1):
+    """`microbert.train`, saying nothing."""
+    mb.train(model, encoded, objective, config, Quiet(None), epochs=epochs, lr=1e-5)
+
+
 def step(s):
     """Steps of `microbert.train`, of the student and its teacher, against their matrix products."""
     for precision in ("fp32", "bf16"):
@@ -265,20 +268,10 @@ def step(s):
                 mb.only_seen_words(student, s.all[task]) as seen,
                 mb.only_seen_words(teacher, s.all[task]),
             ):
-                some = seen.first(len(some))
-
-                def run(model, objective, some=some, config=config):
-                    mb.train(model, some, objective, config, Quiet(None), epochs=1, lr=1e-5)
-
-                def full_method(student=student, objective=full, run=run):
-                    run(student, objective)
-
-                def student_alone(student=student, objective=labels, run=run):
-                    run(student, objective)
-
-                def teacher_alone(teacher=teacher, objective=labels, run=run):
-                    run(teacher, objective)
-
+                run = partial(train, encoded=seen.first(len(some)), config=config)
+                full_method = partial(run, student, objective=full)
+                student_alone = partial(run, student, objective=labels)
+                teacher_alone = partial(run, teacher, objective=labels)
                 found = {do: Products() for do in (full_method, student_alone, teacher_alone)}
                 for do, products in found.items():
                     with products:
@@ -375,9 +368,9 @@ def loops(s):
             def ours():
                 objective = distillation(some, teacher, config)
                 with mb.only_seen_words(student, some) as seen:
-                    mb.train(student, seen, objective, config, Quiet(None), epochs=3, lr=1e-5)
+                    train(student, seen, objective, config, epochs=3)
 
-            drawn = s.batches(task, 16, bucketed=False)
+            drawn = s.batches(task, 16)
             a, b, c = alternate(
                 [ours, lambda: [usual(r) for r in drawn[:4]], lambda: [fair(r) for r in drawn]],
                 s.repeats,

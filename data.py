@@ -13,15 +13,17 @@ import random
 import re
 import sys
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import zip_longest
+from functools import partial
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer  # type: ignore[attr-defined]
 from tokenizers.models import WordPiece
@@ -30,6 +32,7 @@ from torch import Tensor
 
 Texts = Sequence[Any]  # sentences, or (first, second) pairs of them
 Rows = np.ndarray  # numbers of texts
+Near = Mapping[str, Sequence[str]]  # words that a word may give way to
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json",
                    "special_tokens_map.json", "added_tokens.json")  # fmt: skip
 _SWITCHES = {"do_lower_case": "lowercase", "strip_accents": "strip_accents",
@@ -269,33 +272,36 @@ def sorted_batches(lengths: np.ndarray, max_tokens: int = 2048) -> Iterator[Rows
 
 
 def transfer_texts(
-    own: Texts, others: Sequence[Texts], held_out: Texts, count: int, seed: int, given: Texts = ()
-) -> tuple[list[Any], int]:
+    own: Texts, others: Sequence[Texts], held_out: Texts, count: int, seed: int, given: Texts = (),
+    near: Near | None = None,
+) -> tuple[list[Any], int]:  # fmt: skip
     """Up to count unlabelled texts, sentences or pairs as own are, and how many were left out.
 
-    First the given ones; up to half are others', the sources in turn, as long as own ones (5th to
-    95th percentile of the words); then own ones, perturbed. None has a sentence of held_out.
+    First the given ones; up to a fifth are others', the sources in turn, as long as own ones (5th
+    to 95th percentile of the words); then own ones, perturbed, with words of `near_words` in place
+    of some. None has a sentence of held_out.
     """
+    edit = partial(_edit, near=near or {}, rng=random.Random(seed + 1))
     rng = random.Random(seed)
-    banned = set(map(_plain, sentences_of(held_out)))
+    banned, known = set(map(_plain, sentences_of(held_out))), {*own}
     pairs = bool(own) and not isinstance(own[0], str)
     in_turn = zip_longest(*(_in_form(source, own, pairs, rng) for source in others))
     foreign = list(dict.fromkeys(t for row in in_turn for t in row if t is not None))
     first = list(dict.fromkeys(given if pairs else sentences_of(given)))
-    rounds: list[tuple[Texts, int]] = [(first, count), (foreign, count // 2)]
+    rounds: list[tuple[Texts, int]] = [(first, count), (foreign, count // 5)]
     kept: dict[Any, None] = {}
     left_out = 0
-    for source, limit in rounds + [(own, count)] * (1 + count // max(1, len(own))):
+    for source, limit in rounds + [(own, count)] * (1 + 2 * count // max(1, len(own))):
         sentences = [text for text in source if isinstance(text, str)]
         for text in source if source is foreign else rng.sample(source, len(source)):
             if len(kept) >= limit:
                 break
             if source is own or (pairs and isinstance(text, str)):
-                text = _perturb(text, own, sentences, rng)
-            if banned.isdisjoint(map(_plain, sentences_of([text]))):
-                kept[text] = None
-            else:
+                text = _perturb(text, own, sentences, edit, rng)
+            if not banned.isdisjoint(map(_plain, sentences_of([text]))):
                 left_out += 1
+            elif source is not own or text not in known:
+                kept[text] = None
     return list(kept), left_out
 
 
@@ -321,20 +327,54 @@ def _plain(text: str) -> str:
     return "".join(filter(str.isalnum, text)).lower()  # without space and punctuation
 
 
-def _perturb(text: Any, own: Texts, sentences: Texts, rng: random.Random) -> Any:
-    """Words dropped from a text, or a pair of a sentence and its dropped-out copy or another."""
+def _perturb(
+    text: Any, own: Texts, sentences: Texts, edit: Callable[[str], str], rng: random.Random
+) -> Any:
+    """A text edited; of pairs a fifth are a sentence and its edited copy or another sentence."""
     if isinstance(own[0], str):  # a task of sentences
-        return _drop_words(text, rng)
+        return edit(text)
     if not isinstance(text, str):
         text, second = text if rng.random() < 0.5 else text[::-1]
-        if rng.random() < 0.6:
-            return _drop_words(text, rng), _drop_words(second, rng)
+        if rng.random() < 0.8:
+            return edit(text), edit(second)
         sentences = [rng.choice(own)[rng.randrange(2)]]
-    return text, _drop_words(text, rng) if rng.random() < 0.5 else rng.choice(sentences)
+    return text, edit(text) if rng.random() < 0.5 else rng.choice(sentences)
 
 
-def _drop_words(text: str, rng: random.Random) -> str:
-    return " ".join(word for word in text.split() if rng.random() >= 0.15) or text
+def _edit(text: str, near: Near, rng: random.Random) -> str:
+    """One or two words replaced by a near one, dropped, or exchanged with the next."""
+    pieces = re.findall(r"\w+|\W+", text)
+    for _ in range(rng.choice((1, 1, 2))):
+        places = [i for i, piece in enumerate(pieces) if re.match(r"\w", piece)]
+        if len(places) < 2:
+            break
+        (here, after), kind = rng.choice(list(pairwise(places))), rng.random()
+        if kind < 0.5:
+            here = rng.choice((here, after))  # the last word too
+            pieces[here] = rng.choice(near.get(pieces[here].lower()) or [pieces[here]])
+        elif kind < 0.75:
+            del pieces[here:after]
+        else:
+            pieces[here], pieces[after] = pieces[after], pieces[here]
+    return "".join(pieces)
+
+
+def near_words(tokenizer: Tokenizer, embeddings: Tensor, texts: Texts, count: int = 12) -> Near:
+    """For each word of the texts, lower-cased, that is a token: the nearest ones in a BERT's input.
+
+    embeddings (vocab_size, H), of which the cosine is taken. Words of several tokens have none.
+    """
+    numbers = {word: n for word, n in tokenizer.get_vocab().items() if word.isalpha()}
+    names = sorted(numbers)
+    table = F.normalize(embeddings[[numbers[name] for name in names]], dim=-1)  # (words, H)
+    wanted = {word.lower() for text in sentences_of(texts) for word in re.findall(r"\w+", text)}
+    rows = [row for row, name in enumerate(names) if name in wanted]
+    near: dict[str, list[str]] = {}
+    for start in range(0, len(rows), 256):
+        some = rows[start : start + 256]
+        found = (table[some] @ table.T).topk(min(count + 1, len(names))).indices.tolist()
+        near |= {names[row]: [names[n] for n in best[1:]] for row, best in zip(some, found)}
+    return near
 
 
 # --- the built-in task ---------------------------------------------------------------------------

@@ -72,12 +72,12 @@ else:
     data, glue = Neighbour("data"), Neighbour("glue")
 
 __all__ = [
-    "Bert", "BertConfig", "BertOutput", "Discriminator", "DistillConfig", "Distillation", "Log",
-    "SentenceExperts", "TeacherCache", "ablate", "adversarial_loss", "alignment_loss",
-    "discriminator_loss", "distill", "download_bert", "evaluate", "finetune", "fit_experts",
-    "hard_loss", "kept_layers", "layer_map", "load_bert", "make_experts", "model_outputs",
-    "predict", "predict_logits", "prune", "save_bert", "sentence_features", "soft_loss",
-    "teacher_pass", "train",
+    "Bert", "BertConfig", "BertOutput", "Discriminator", "DistillConfig", "Distillation",
+    "FeatureMaps", "Log", "SentenceExperts", "TeacherCache", "ablate", "adversarial_loss",
+    "alignment_loss", "discriminator_loss", "distill", "download_bert", "evaluate", "finetune",
+    "fit_experts", "hard_loss", "kept_layers", "layer_map", "load_bert", "make_experts",
+    "model_outputs", "predict", "predict_logits", "prune", "save_bert", "sentence_features",
+    "soft_loss", "teacher_pass", "train",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
@@ -236,19 +236,19 @@ def bert_without_weights(config: BertConfig) -> Bert:
 
 # A student *starts as* M of its teacher's L layers, those that do most for it at once: the lowest
 # build what all others read, the classifier reads the last. Each of its layers is then *aligned*
-# with a layer of the teacher, evenly spaced: with fewer of them to the top each has to do more.
+# with a block of the teacher's: with fewer layers to the top each has to do the work of several.
 
 
-def layer_map(teacher_layers: int, student_layers: int) -> tuple[int, ...]:
-    """t(m) = ceil(m L / M), m = 1..M: the teacher's layer whose features student layer m learns.
+def layer_map(teacher_layers: int, student_layers: int) -> tuple[tuple[int, ...], ...]:
+    """The teacher's layers whose features student layer m = 1..M learns: its block, OURS(12).
 
-    Evenly spaced up to the last, OURS(12). Raises ValueError unless 1 <= M <= L.
+    The ceil(L / M) layers up to t(m) = ceil(m L / M), so that none is left out and all blocks have
+    one size. Raises ValueError unless 1 <= M <= L.
     """
     if not 1 <= student_layers <= teacher_layers:
         raise ValueError(f"{student_layers} student layers of a teacher with {teacher_layers}")
-    return tuple(
-        math.ceil(m * teacher_layers / student_layers) for m in range(1, student_layers + 1)
-    )
+    tops = [-(-m * teacher_layers // student_layers) for m in range(1, student_layers + 1)]
+    return tuple(tuple(range(top - tops[0] + 1, top + 1)) for top in tops)
 
 
 def kept_layers(
@@ -259,7 +259,7 @@ def kept_layers(
     Its lowest M - 1 and its last; for sentence pairs, which its middle layers compare, the evenly
     spaced ones of `layer_map`. Raises ValueError unless 1 <= M <= L.
     """
-    evenly = layer_map(teacher_layers, student_layers)
+    evenly = tuple(block[-1] for block in layer_map(teacher_layers, student_layers))
     return evenly if pairs else (*range(1, student_layers), teacher_layers)
 
 
@@ -351,19 +351,21 @@ def sentence_features(hidden_states: Sequence[Tensor], attention_mask: Tensor) -
 
 
 class SentenceExperts(nn.Module):
-    """Per matched layer: three experts, one per view of the sentence, and the gate that mixes them.
+    """Per student layer: an expert for each view of each layer in its block, and a gate over them.
 
     The gate belongs to the task, the same for every sentence, as [1] says.
-    Fitted by `fit_experts` on the teacher, then frozen: OURS(3).
+    Fitted by `fit_experts` on the teacher, then frozen: OURS(3). block: layers in one.
     """
 
-    def __init__(self, matched: int, hidden_size: int, expert_size: int, labels: int) -> None:
+    def __init__(
+        self, matched: int, hidden_size: int, expert_size: int, labels: int, block: int = 1
+    ) -> None:
         super().__init__()
-        spread = hidden_size**-0.5
-        self.experts = nn.Parameter(torch.randn(matched, 3, hidden_size, expert_size) * spread)
+        shape, spread = (matched, 3 * block, hidden_size, expert_size), hidden_size**-0.5
+        self.experts = nn.Parameter(torch.randn(shape) * spread)
         self.heads = nn.Parameter(torch.randn(matched, expert_size, labels) * expert_size**-0.5)
         self.biases = nn.Parameter(torch.zeros(matched, labels))
-        self.gate_bias = nn.Parameter(torch.zeros(matched, 3))
+        self.gate_bias = nn.Parameter(torch.zeros(matched, 3 * block))
 
     def gate(self) -> Tensor:
         """Weights of the experts (K, E), at least 0, sum 1."""
@@ -377,6 +379,25 @@ class SentenceExperts(nn.Module):
     def predict(self, fused: Tensor) -> Tensor:
         """fused (B, K, P) -> each layer's guess at the task (B, K, C)"""
         return torch.einsum("bkp,kpc->bkc", fused, self.heads) + self.biases
+
+
+class FeatureMaps(nn.Module):
+    """Reads a student's three views as the experts read a block's: OURS(15).
+
+    Starts as the experts, gated, those of a view summed over the block; trained with the student,
+    because its layer does the work of several, and thrown away in the end.
+    """
+
+    lr = 5e-4  # their peak rate, whatever the student's
+
+    def __init__(self, experts: SentenceExperts) -> None:
+        super().__init__()
+        gated = experts.gate()[..., None, None] * experts.experts  # (K, E, H, P)
+        self.weight = nn.Parameter(gated.detach().unflatten(1, (-1, 3)).sum(1))  # (K, 3, H, P)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, K, 3, H) -> (B, K, P)"""
+        return torch.einsum("bkvh,kvhp->bkp", features, self.weight)
 
 
 def fit_experts(
@@ -417,22 +438,23 @@ def importance_loss(gate: Tensor) -> Tensor:
 
 
 def alignment_loss(
-    student: Tensor, teacher: Tensor, experts: SentenceExperts | None = None
-) -> Tensor:
+    student: Tensor, teacher: Tensor, gate: Tensor | None = None,
+    fused: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """Feature Alignment Loss, guided by the experts [1]; the formula is OURS(5).
 
-    mean over texts and layers of (sum_j g_j mean_H[(f_j^S - f_j^T)^2]) + 1 - cos(z^S, z^T). Without
-    experts, which are frozen, every view weighs 1/3 and the fused term is dropped.
-    student, teacher: features (B, K, E, H), gradient into the student alone -> ()
+    mean over texts and layers of (sum_v g_v mean_H[(f_v^S - f_v^T)^2]) + 1 - cos(z^S, z^T), f^T of
+    the block's last layer, g_v summed over the block. Without experts every view weighs 1/3 and
+    the fused term is dropped.
+    student: features (B, K, 3, H), teacher: (B, K, E, H), gate (K, E), fused: z of student and of
+    teacher, (B, K, P) each; gradient into the student's alone -> ()
     """
-    teacher = teacher.detach()
-    distance = (student - teacher).square().mean(-1)  # (B, K, E)
-    if experts is None:
+    distance = (student - teacher[:, :, -3:].detach()).square().mean(-1)  # (B, K, 3)
+    if gate is None or fused is None:
         return distance.mean()
-    with torch.no_grad():
-        gate, target = experts.gate(), experts(teacher)  # (K, E), (B, K, P)
-    direction = 1 - F.cosine_similarity(experts(student), target, dim=-1)  # (B, K)
-    return ((gate * distance).sum(-1) + direction).mean()
+    weight: Tensor = gate.detach().unflatten(1, (-1, 3)).sum(1)  # (K, 3)
+    direction = 1 - F.cosine_similarity(fused[0], fused[1].detach(), dim=-1)  # (B, K)
+    return ((weight * distance).sum(-1) + direction).mean()
 
 
 # --- discriminator -------------------------------------------------------------------------------
@@ -614,6 +636,10 @@ class Distillation:
         device, classes = resolve_device(config.device), cache.logits.shape[1]
         self.offset = class_offset(cache.labels, classes, config.logit_adjustment).to(device)
         self.stateful: dict[str, Any] = {}
+        self.maps = self.mapping = None
+        if experts:
+            self.maps = FeatureMaps(experts)
+            self.mapping, self.stateful["maps"] = in_parallel(self.maps), self.maps
         if config.gan:
             torch.manual_seed(config.seed)
             fused = (cache.features if experts is None else experts.experts).shape[-1]
@@ -621,7 +647,7 @@ class Distillation:
             self.in_parallel = in_parallel(self.discriminator)
             parameters = self.discriminator.parameters()
             self.optimizer = torch.optim.Adam(parameters, lr=2e-4, betas=(0.5, 0.999), fused=True)
-            self.stateful = {"discriminator": self.discriminator, "its optimizer": self.optimizer}
+            self.stateful |= {"discriminator": self.discriminator, "its optimizer": self.optimizer}
 
     def __call__(
         self, output: BertOutput, attention_mask: Tensor, rows: Tensor, progress: float
@@ -635,23 +661,19 @@ class Distillation:
             terms["soft"] = self.soft_weight * soft_loss(logits, target, config.temperature)
         if not (config.fal or config.gan):
             return terms
-        student = sentence_features(output.hidden_states[1:], attention_mask)  # (B, K, E, H)
+        student = sentence_features(output.hidden_states[1:], attention_mask)  # (B, K, 3, H)
         teacher = ship(self.cache.features[rows], device).float()  # (B, K, E, H)
+        gate, fused = None, (student.mean(2), teacher[:, :, -3:].mean(2))  # (B, K, H) each
+        if self.experts and self.mapping:
+            gate, fused = self.experts.gate(), (self.mapping(student), self.experts(teacher))
         if config.fal:
             weight = config.alignment_weight
-            terms["align"] = weight * alignment_loss(student, teacher, self.experts)
+            terms["align"] = weight * alignment_loss(student, teacher, gate, fused)
         if config.gan:
-            real = model_outputs(self.fuse(teacher), target, config.temperature)
-            fake = model_outputs(self.fuse(student), logits, config.temperature)
+            fake, real = (model_outputs(z[:, -1], answer, config.temperature)
+                          for z, answer in zip(fused, (logits, target)))  # fmt: skip
             terms["adv"] = self.contest(real, fake, progress)
         return terms
-
-    def fuse(self, features: Tensor) -> Tensor:
-        """The last matched layer's z (B, P); without experts the mean of its views (B, H)."""
-        if self.experts is None:
-            return features[:, -1].mean(1)  # (B, H)
-        fused: Tensor = self.experts(features)  # (B, K, P)
-        return fused[:, -1]
 
     def contest(self, real: Tensor, fake: Tensor, progress: float) -> Tensor:
         """One step of the discriminator, then what it makes of the student: weighted, ()."""
@@ -693,6 +715,9 @@ def train(
     """
     device, (rank, processes), size = resolve_device(config.device), process(), config.batch_size
     optimizer = adamw(model.to(device).train(), lr, config.weight_decay)
+    if maps := getattr(objective, "maps", None):
+        group = {"params": [*maps.parameters()], "weight_decay": 0.0, "times": maps.lr / lr}
+        optimizer.add_param_group(group)
     parts = {"model": model, "optimizer": optimizer, **getattr(objective, "stateful", {})}
     drawn = (data.bucketed_batches(encoded.lengths, size, seed=config.seed, epoch=epoch)
              for epoch in range(epochs))  # fmt: skip
@@ -727,7 +752,7 @@ def train(
 
 
 def update(
-    model: Bert, optimizer: torch.optim.Optimizer, terms: dict[str, Tensor], lr: float,
+    model: nn.Module, optimizer: torch.optim.Optimizer, terms: dict[str, Tensor], lr: float,
     clip: float, broken: Tensor,
 ) -> Tensor:  # fmt: skip
     """Moves the weights down the gradient of the terms' sum; returns the gradient's norm, ().
@@ -739,7 +764,7 @@ def update(
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
     broken += (broken > 0) | ~(loss + norm).isfinite()
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("times", 1.0)
     optimizer.found_inf = broken.clamp(max=1)  # type: ignore[attr-defined]  # read by its kernel
     optimizer.step()
     optimizer.zero_grad()
@@ -772,18 +797,19 @@ def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW
 
 
 def teacher_pass(
-    teacher: Bert, encoded: "data.Encoded", labels: Tensor, aligned: Sequence[int],
+    teacher: Bert, encoded: "data.Encoded", labels: Tensor, blocks: Sequence[Sequence[int]],
     config: DistillConfig, path: Path, log: "Log | None" = None,
 ) -> TeacherCache:  # fmt: skip
-    """Runs the teacher once over all texts, keeps its logits and features of the layers `aligned`.
+    """Runs the teacher once over all texts, keeps its logits and features, of `layer_map`'s blocks.
 
     path: the file that backs the features, 2 bytes * n * K * E * H of it; beside it PATH.logits,
     whose mark says of which teacher and texts both are: one process takes them as they are for the
     same again; several of a machine fill it together. Raises OSError where the disk lacks room.
     """
     part, parts = process_here()
-    shape = (len(encoded), len(aligned), 3, teacher.config.hidden_size)
-    mark, beside = checksum(teacher, encoded, np.array(aligned)), Path(f"{path}.logits")
+    layers = np.array(blocks)  # (K, layers of a block)
+    shape = (len(encoded), len(layers), 3 * layers.shape[1], teacher.config.hidden_size)
+    mark, beside = checksum(teacher, encoded, layers), Path(f"{path}.logits")
     known = load_state(beside) if path.exists() and not dist.is_initialized() else {}
     if known.get("mark") == mark and path.stat().st_size == 2 * math.prod(shape):
         return TeacherCache(StoredFeatures(path, shape), known["logits"], labels)
@@ -794,8 +820,8 @@ def teacher_pass(
     logits = torch.full((len(encoded), len(teacher.config.labels)), -torch.inf, dtype=torch.float16)
     done, count, started = 0, len(encoded), time.perf_counter()
     for rows, mask, output in run_batches(teacher, encoded, config, part, parts):
-        matched = [output.hidden_states[layer] for layer in aligned]
-        features[rows] = sentence_features(matched, mask).half().cpu()
+        found = sentence_features([output.hidden_states[n] for n in layers.flat], mask)
+        features[rows] = found.view(len(rows), *shape[1:]).half().cpu()
         logits[rows] = output.logits.half().cpu()
         done = min(done + len(rows) * parts, count)
         if log and (done == count or log.due(30)):
@@ -898,7 +924,9 @@ def start(config: DistillConfig, shared: Path | None = None) -> tuple[Run, Bert]
     tokenizer = load_fitting_tokenizer(source, bert, config)
     unit, out = score_unit(task, train_set.labels), Path(config.out or "out")
     learnt = torch.tensor((train_set.labels - unit[0]) / unit[1]).float()  # (n,)
-    transfer = gather_transfer(config, task, train_set.texts)
+    words = bert.word_embeddings.weight.detach()
+    near = data.near_words(tokenizer, words, train_set.texts) if distils(config) else {}
+    transfer = gather_transfer(config, task, train_set.texts, near)
     encoded = data.encode(tokenizer, [*train_set.texts, *transfer])
     log = Log(out / "log.jsonl", config.log_every)
     run = Run(config, task, dev, source, tokenizer, encoded, learnt, unit, log, out, shared)
@@ -1017,7 +1045,7 @@ def rescale(model: Bert, spread: float, center: float) -> None:
 
 
 def gather_transfer(
-    config: DistillConfig, task: "glue.Task", train_texts: Sequence[Any]
+    config: DistillConfig, task: "glue.Task", train_texts: Sequence[Any], near: "data.Near"
 ) -> list[Any]:
     """Unlabelled texts to distil on, OURS(10): own perturbed, other tasks'; none of dev or test."""
     if config.transfer and not distils(config):
@@ -1033,7 +1061,7 @@ def gather_transfer(
     if config.transfer_ratio < 0:
         count = max(min(4 * known, 100_000 - known), len(given))
     beside = glue.text_beside(task, config.data_dir)
-    texts, left_out = data.transfer_texts(train_texts, *beside, count, config.seed, given)
+    texts, left_out = data.transfer_texts(train_texts, *beside, count, config.seed, given, near)
     some = f"{min(count, len(given)):,} of {len(given):,} texts of {config.transfer}"
     first = f" ({some} before all others)" if given else ""
     if odd := sum(isinstance(text, tuple) != task.pairs for text in given):
@@ -1092,21 +1120,23 @@ def ask(run: Run, teacher: Bert) -> tuple[TeacherCache, int]:
     depth = teacher.config.num_hidden_layers
     layers = layer_map(depth, len(start_layers(config, depth)))
     mark = checksum(teacher, run.encoded, labels)
-    name = f"cache{os.environ.get('GROUP_RANK', '')}-{mark:08x}-{'-'.join(map(str, layers))}.f16"
+    name = f"cache{os.environ.get('GROUP_RANK', '')}-{mark:08x}-{len(layers)}.f16"
     path = (run.shared or run.out) / name
     return teacher_pass(teacher, run.encoded, labels, layers, config, path, run.log), mark
 
 
 def make_experts(cache: TeacherCache, config: DistillConfig) -> SentenceExperts:
     """Experts and gate fitted on the teacher's cache; prints what the gates came to."""
-    _, matched, _, hidden = cache.features.shape
+    _, matched, views, hidden = cache.features.shape
     torch.manual_seed(config.seed)
-    experts = SentenceExperts(matched, hidden, config.expert_size, cache.logits.shape[1])
+    classes, block = cache.logits.shape[1], views // 3
+    experts = SentenceExperts(matched, hidden, config.expert_size, classes, block)
     experts, tau = experts.to(resolve_device(config.device)), config.logit_adjustment
     given: dict[str, Any] = {"temperature": config.temperature, "logit_adjustment": tau}
     fit_experts(experts, *cache, seed=config.seed, **given)
-    for layer, (cls, largest, mean) in enumerate(experts.gate().tolist(), 1):
-        print(f"gate of student layer {layer}: cls {cls:.2f} max {largest:.2f} mean {mean:.2f}")
+    for layer, weights in enumerate(experts.gate().view(matched, block, 3).tolist(), 1):
+        shown = ", ".join(" ".join(f"{weight:.2f}" for weight in views) for views in weights)
+        print(f"gate of student layer {layer}: cls max mean of each teacher layer {shown}")
     return experts
 
 

@@ -238,9 +238,11 @@ def distillation(encoded, teacher, config):
     """Our objective with everything on, over a cache of these texts made here."""
     labels = torch.zeros(len(encoded))
     path = Path(tempfile.mkdtemp()) / "cache.f16"
-    cache = mb.teacher_pass(teacher, encoded, labels, KEEP, config, path)
+    blocks = mb.layer_map(teacher.config.num_hidden_layers, len(KEEP))
+    cache = mb.teacher_pass(teacher, encoded, labels, blocks, config, path)
     path.unlink()  # mapped still
-    experts = mb.SentenceExperts(len(KEEP), teacher.config.hidden_size, config.expert_size, 2)
+    _, _, views, hidden = cache.features.shape
+    experts = mb.SentenceExperts(len(KEEP), hidden, config.expert_size, 2, views // 3)
     return mb.Distillation(cache, experts.eval().requires_grad_(False), config)
 
 

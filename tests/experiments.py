@@ -2,9 +2,11 @@
 
 python tests/experiments.py run --tasks MRPC,CoLA --seeds 0,1,2 --rows full,soft-only,tinybert
     --out runs/experiments --data-dir glue --bert path/to/bert [any option of distil]
+python tests/experiments.py cut --data-dir glue --out runs/cut
 python tests/experiments.py tables
 python tests/experiments.py draw
 
+`cut` makes GLUE folders to choose in: a tenth of train, at most 2,000 texts, stands in for dev.
 `run` trains `microbert.py ablate`'s rows, and the peers' recipes below, task by task and seed by
 seed. Every finished student is a line of tests/results.jsonl at once and is not run again.
 `tables` (between the two marks of tests/RESULTS.md) and `draw` (tests/results.svg) read that file
@@ -14,10 +16,13 @@ alone.
 import argparse
 import json
 import math
+import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +33,7 @@ import torch.nn.functional as F
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import data  # noqa: E402
+import glue  # noqa: E402
 import microbert as m  # noqa: E402
 
 RESULTS = HERE / "results.jsonl"
@@ -132,7 +138,7 @@ class Pkd:
             "soft": share * m.soft_loss(logits, target, self.config.temperature),
         }
         own = torch.stack([h[:, 0].float() for h in output.hidden_states[1:-1]], dim=1)  # (B, K, H)
-        wanted = self.cache.features[rows][:, :-1, 0].float()  # (B, K, H), standardised
+        wanted = self.cache.features[rows][:, :-1, -3].float()  # (B, K, H), standardised
         own = F.layer_norm(own, own.shape[-1:])
         unit = own.shape[-1] ** 0.5  # a standardised vector's length
         terms["patience"] = 100 * F.mse_loss(own / unit, wanted / unit)
@@ -163,7 +169,7 @@ def train_peers(config, names):
         (cache, _), encoded = m.ask(run, teacher), run.encoded
     depth, reached = teacher.config.num_hidden_layers, run.results["teacher"]["score"]
     own = m.start_layers(config, depth, pairs=run.task.pairs)
-    aligned = m.layer_map(depth, len(own))
+    aligned = tuple(block[-1] for block in m.layer_map(depth, len(own)))
     updates = sum(
         stage.epochs * math.ceil(stage.texts / config.batch_size)
         for stage in m.student_stages(run, cache, None)
@@ -188,6 +194,58 @@ def train_peers(config, names):
     m.sweep(run.out)
 
 
+# --- what to choose on, and by -------------------------------------------------------------------
+
+
+def cut(data_dir, out):
+    """OUT/TASK/{train,dev}.tsv of each task: dev by a hash of train's texts, train without them.
+
+    No sentence of dev is left in train. The real dev is nowhere in OUT; other splits are copied.
+    """
+    for task in (name for name in glue.TASKS if (data_dir / name / "train.tsv").exists()):
+        source, texts = data_dir / task, glue.read(task, data_dir, "train").texts
+        numbers = glue._table(source / "train.tsv", task, "train")[0]
+        lines = glue._lines(source / "train.tsv")
+        marks = [zlib.crc32(repr(text).encode()) for text in texts]
+        level = sorted(marks)[min(len(marks) // 10, 2000) - 1]
+        chosen = [text for text, mark in zip(texts, marks) if mark <= level]
+        known = set(data.sentences_of(chosen))
+        rest = {text for text in texts if known.isdisjoint(data.sentences_of([text]))}
+        (out / task).mkdir(parents=True, exist_ok=True)
+        for split, kept in (("train", rest), ("dev", {*chosen})):
+            own = [lines[n - 1] for n, text in zip(numbers, texts) if text in kept]
+            content = "\n".join([*lines[: numbers[0] - 1], *own, ""])
+            (out / task / f"{split}.tsv").write_text(content, encoding="utf-8")
+        if (source / "test.tsv").exists():
+            shutil.copy(source / "test.tsv", out / task)
+
+
+def unseen(config, task, texts, tokenizer, words, count=4000):
+    """Transfer texts of another seed that a run of this config has not learnt from."""
+    near, ratio = data.near_words(tokenizer, words, texts), 2 * count / len(texts)
+    other = replace(config, seed=config.seed + 10**6, transfer="", transfer_ratio=ratio)
+    drawn, learnt = (m.gather_transfer(c, task, texts, near) for c in (other, config))
+    return random.Random(0).sample(sorted({*drawn} - {*learnt}, key=str), count)
+
+
+def apart(config, folder, row):
+    """How far a student is from its teacher, on dev and on `unseen` texts."""
+    config, task, train, dev = m.read_task(config)
+    source = m.checkpoint_folder(config.bert or config.teacher, "teacher")
+    words = m.load_bert(source, ("a", "b")).word_embeddings.weight.detach()
+    tokenizer, found = data.load_tokenizer(folder / "teacher", config.max_length), {}
+    models = [m.load_bert(folder / part) for part in (f"{row}/student", "teacher")]
+    fresh = unseen(config, task, train.texts, tokenizer, words)
+    for split, texts in (("dev", dev.texts), ("unseen", fresh)):
+        encoded, (_, spread) = data.encode(tokenizer, texts), m.score_unit(task, train.labels)
+        own, wanted = (m.predict_logits(x, encoded, config).double() / spread for x in models)
+        found[f"{split}_distance"] = m.soft_loss(own, wanted).item()
+        if len(task.labels):
+            same = own.argmax(1) == wanted.argmax(1)
+            found[f"{split}_agreement"] = 100 * same.float().mean().item()
+    return found
+
+
 # --- running -------------------------------------------------------------------------------------
 
 
@@ -208,11 +266,14 @@ def run(tasks, seeds, rows, options):
             out = Path(config.out) / task
             kept = [w for w in options if w not in ("--out", config.out)]
 
-            def note(found, task=task, seed=seed, kept=kept):
+            def note(found, task=task, seed=seed, kept=kept, config=config, out=out):
                 """Appends what is not there yet."""
                 known = {(r["task"], r["seed"], r["row"]) for r in results()}
                 for result in found:
                     if (task, result["seed"], result["row"]) not in known:
+                        if result["row"] not in ("teacher", *PEERS):
+                            given = replace(m.row_config(config, result["row"]), seed=seed)
+                            result |= apart(given, out / f"seed-{seed}", result["row"])
                         line = {"task": task, **result, "options": kept, "commit": commit}
                         with RESULTS.open("a", encoding="utf-8") as file:
                             file.write(json.dumps(line) + "\n")
@@ -405,7 +466,12 @@ def draw():
 
 def main(argv):
     command, *rest = argv or [""]
-    if command == "tables":
+    if command == "cut":
+        parser = argparse.ArgumentParser(allow_abbrev=False)
+        parser.add_argument("--data-dir", type=Path, default=Path("glue"))
+        parser.add_argument("--out", type=Path, required=True)
+        cut(**vars(parser.parse_args(rest)))
+    elif command == "tables":
         tables()
     elif command == "draw":
         draw()

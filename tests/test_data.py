@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import random
 import re
 import subprocess
 import sys
@@ -369,8 +370,8 @@ SOME, MIXED = FOREIGN[140:] + OWN[:9], FOREIGN_PAIRS[:40] + FOREIGN[:40] + FOREI
 
 
 @pytest.mark.parametrize("pairs, given, expected", [
-    (False, [], 2748012830), (False, SOME, 3723009433), (False, MIXED, 1012572662),
-    (True, [], 3851871136), (True, SOME, 3558275147), (True, MIXED, 3243457880),
+    (False, [], 3855192118), (False, SOME, 3838230559), (False, MIXED, 2054398892),
+    (True, [], 505488059), (True, SOME, 769765035), (True, MIXED, 3494310795),
 ])  # fmt: skip
 def test_transfer_texts_are_drawn_as_before(pairs, given, expected):
     """Catches another random draw: every result in the README rests on these texts."""
@@ -399,8 +400,32 @@ def test_transfer_texts(pairs, others, seed):
     )
     assert not said & banned
     foreign = [t for t in texts if re.search("foreign|lake|left|behind", str(t))]
-    assert 140 <= len(foreign) <= 150 if others else not foreign  # half, as far as they go
+    assert len(foreign) == (60 if others else 0)  # a fifth
     assert data.transfer_texts(own, others, HELD_OUT, 300, seed + 1)[0] != texts
+
+
+def test_edits():
+    """Catches a kind of edit that is missing, a third edit, a word that has no near one lost, and
+    the space and punctuation between words that go with the wrong one.
+    """
+    found = {data._edit("A, b", {"a": ["x"]}, random.Random(seed)) for seed in range(300)}
+    assert found == {"A, b", "x, b", "b, A", "b", "b, x", "A"}
+    assert data._edit("one", {"one": ["two"]}, random.Random(0)) == "one"  # nothing beside it
+    own = [f"one {i}" for i in range(100, 200)]
+    texts, _ = data.transfer_texts(own, [], [], 150, 0, near={"one": ["two"]})
+    assert {word for text in texts for word in text.split() if word.isalpha()} == {"one", "two"}
+
+
+def test_near_words(tmp_path):
+    """Catches a word's own place among its neighbours, a length for a direction, parts of words."""
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "dog", "##s", "far", "fax", ","]
+    (tmp_path / "vocab.txt").write_text("\n".join([*names, ""]))
+    table = torch.zeros(len(names), 2)
+    table[5:] = torch.tensor([[1.0, 0], [9, 1], [1, 0.05], [0, 1], [0.3, 1], [1, 0.01]])
+    texts = [("A Cat, far off", "cats"), "no dogs"]
+    near = data.near_words(data.load_tokenizer(tmp_path), table, texts, 2)
+    assert near == {"cat": ["dog", "fax"], "far": ["fax", "dog"]}
+    assert data.near_words(data.load_tokenizer(tmp_path), table, texts)["far"][:1] == ["fax"]
 
 
 def test_transfer_texts_left_out_are_counted():
@@ -408,12 +433,12 @@ def test_transfer_texts_left_out_are_counted():
     own = ["five words are my own"]  # as many as in the others
     others = [FOREIGN[:20], FOREIGN_PAIRS[:20]]
     for held_out in ([], ["never seen"]):
-        assert data.transfer_texts(own, others, held_out, 200, 0)[1] == 0
+        assert data.transfer_texts(own, others, held_out, 300, 0)[1] == 0
     held_out = [SECRET, FOREIGN[2], FOREIGN[24], FOREIGN[149]]  # in both, one, the other, neither
-    found, left_out = data.transfer_texts(own, others, held_out, 200, 0)
+    found, left_out = data.transfer_texts(own, others, held_out, 300, 0)
     assert left_out == 3 and sum("lake" in text for text in found) == 25 - 3
     pairs = [("five words are my own", "five more are not others")]
-    found, left_out = data.transfer_texts(pairs, others[1:], held_out, 200, 0)
+    found, left_out = data.transfer_texts(pairs, others[1:], held_out, 300, 0)
     assert left_out == 2 and sum(text in others[1] for text in found) == 20 - 2
 
 
@@ -423,7 +448,7 @@ def test_transfer_texts_are_as_long_as_the_tasks_own():
     more = [f"another {i} of five words" for i in range(150)]
     texts, _ = data.transfer_texts(OWN, [long, FOREIGN, short, more], [], 200, 0)
     first = Counter(text.split()[0] for text in texts)
-    assert first["far"] == first["no"] == 0 and first["foreign"] == first["another"] == 50
+    assert first["far"] == first["no"] == 0 and first["foreign"] == first["another"] == 20
 
 
 PRAISE = """good warm fresh clean gentle honest lovely bright clever quick brave tidy charming tasty

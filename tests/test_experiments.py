@@ -1,6 +1,7 @@
 """The experiments' script: the peers' losses, what it writes, its tables and its picture."""
 
 import json
+import shutil
 from xml.etree import ElementTree
 
 import experiments
@@ -10,7 +11,17 @@ import torch
 from test_run import QUICK, few_steps, files, shape  # noqa: F401
 
 import data
-from microbert import Bert, DistillConfig, TeacherCache, prune, sentence_features
+import glue
+from microbert import (
+    Bert,
+    DistillConfig,
+    TeacherCache,
+    gather_transfer,
+    load_bert,
+    prune,
+    sentence_features,
+    settle,
+)
 
 
 @pytest.fixture
@@ -126,6 +137,16 @@ def test_runs_are_written_at_once_and_not_repeated(files, tmp_path, monkeypatch,
     first = (tmp_path / "results.jsonl").read_text()
     assert experiments.main([*made, "--seeds", "0,1", "--rows", "full,tinybert,pkd"]) == 0
     assert (tmp_path / "results.jsonl").read_text().startswith(first)
+    own = json.loads(first.splitlines()[1])
+    assert own["row"] == "full" and own["dev_distance"] == pytest.approx(own["distance"], rel=0.05)
+    assert own["unseen_distance"] > 0 and 0 <= own["unseen_agreement"] <= 100
+    folder = tmp_path / "runs/SST-2/seed-0"
+    shutil.copytree(folder / "teacher", folder / "same/student")
+    _, config = experiments.m.parse(["--task", "SST-2", *options])
+    same = experiments.apart(config, folder, "same")
+    assert same == {"dev_distance": 0, "dev_agreement": 100} | {
+        "unseen_distance": 0, "unseen_agreement": 100}  # fmt: skip
+    shutil.rmtree(folder / "same")
     assert sorted(set(checked)) == [40, 60]  # TinyBERT's second and last stages
     assert len(checked) == 8 and checked.count(40) == 4
     assert {("Pkd", 40, 1), ("TinyBert", 40, 1), ("Pkd", 60, 2), ("TinyBert", 60, 1)} < trained
@@ -194,6 +215,34 @@ def test_runs_are_written_at_once_and_not_repeated(files, tmp_path, monkeypatch,
     assert experiments.main(["draw"]) == 0
     picture = ElementTree.parse(tmp_path / "results.svg").getroot()
     assert len(picture.findall("{*}circle")) == 2 * 3  # full, tinybert, pkd; each in the legend
+
+
+def test_texts_to_choose_on(files, tmp_path):  # noqa: F811
+    """Catches a sentence on both sides of the cut, rows lost for nothing, the real dev in it."""
+    assert experiments.main(["cut", "--data-dir", str(files), "--out", str(tmp_path / "cut")]) == 0
+    for task, pairs in (("SST-2", False), ("RTE", True)):
+        parts = [glue.read(task, tmp_path / "cut", split) for split in ("train", "dev")]
+        said = [{*data.sentences_of(part.texts)} for part in parts]
+        whole, real = (glue.read(task, files, split) for split in ("train", "dev"))
+        assert not said[0] & said[1] and not said[1] & {*data.sentences_of(real.texts)}
+        assert 1 <= len(parts[1].texts) <= max(1, len(whole.texts) // 10 + 1)
+        labels = dict(zip(whole.texts, whole.labels))
+        assert all(labels[t] == n for part in parts for t, n in zip(part.texts, part.labels))
+        lost = [t for t in whole.texts if not said[0] | said[1] >= {*data.sentences_of([t])}]
+        assert len(lost) < len(whole.texts) / 2 if pairs else not lost
+
+
+def test_texts_that_no_student_has_seen(files):  # noqa: F811
+    """Catches texts that the run has learnt from, or that occur in dev."""
+    config = settle(DistillConfig(task="SST-2", data_dir=str(files), device="cpu", bert="x"))
+    task, train = glue.find_task("SST-2"), glue.read("SST-2", files, "train").texts
+    bert, tokenizer = load_bert(files / "bert"), data.load_tokenizer(files / "bert")
+    words = bert.word_embeddings.weight.detach()
+    found = experiments.unseen(config, task, train, tokenizer, words, count=30)
+    near = data.near_words(tokenizer, words, train)
+    assert len({*found}) == 30
+    assert not {*found} & {*train, *gather_transfer(config, task, train, near)}
+    assert found == experiments.unseen(config, task, train, tokenizer, words, count=30)
 
 
 def test_a_curve_is_of_the_same_seeds():

@@ -324,7 +324,7 @@ def test_what_a_run_hands_on(files, monkeypatch, task, labels):  # noqa: F811
     save_bert(teacher, files / "sure", tokenizer_from=files / "bert")
     made = ("--bert", "", "--teacher", files / "sure", "--precision", "bf16", "--layers", "2")
     assert distil(files, task, *made) == 0
-    assert [given[3] for given in passes] == [(2, 4)] and rates == {0.0}
+    assert [given[3] for given in passes] == [((1, 2), (3, 4))] and rates == {0.0}
     dev = data.encode(data.load_tokenizer(files / "bert", 24), glue.read(task, files, "dev").texts)
     config = DistillConfig(device="cpu", precision="fp32")
     models = [load_bert(files / "out" / part) for part in ("teacher", "student")]
@@ -343,7 +343,7 @@ def test_how_much_is_chosen(files, monkeypatch):  # noqa: F811
     monkeypatch.setattr(data, "transfer_texts", lambda *a: counts.append(a[3]) or ([], 0))
     config = DistillConfig(data_dir=str(files), device="cpu")
     for known in (40, 30_000, 200_000):
-        microbert.gather_transfer(config, glue.TASKS["SST-2"], ["a"] * known)
+        microbert.gather_transfer(config, glue.TASKS["SST-2"], ["a"] * known, {})
     assert counts == [160, 70_000, 0]
     assert [settle(replace(config, task="CoLA", limit=n)).teacher_epochs for n in (0, 9)] == [5, 0]
     for epochs, passes in ((7, 7), (0, 2)):

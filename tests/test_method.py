@@ -13,7 +13,15 @@ from torch import nn
 import data
 import glue
 import microbert
-from microbert import Bert, BertConfig, Distillation, DistillConfig, SentenceExperts, TeacherCache
+from microbert import (
+    Bert,
+    BertConfig,
+    Distillation,
+    DistillConfig,
+    FeatureMaps,
+    SentenceExperts,
+    TeacherCache,
+)
 
 TINY = BertConfig(
     vocab_size=40, hidden_size=16, num_hidden_layers=4, num_attention_heads=2,
@@ -103,6 +111,17 @@ def test_experts_by_hand():
     torch.testing.assert_close(two(features), torch.stack(each, 1))
 
 
+def test_maps_start_as_the_experts():
+    """Catches views and layers of a block mixed up: a block whose layers are one and the same."""
+    experts, features = SentenceExperts(2, 16, 4, 2, block=2), random_features()
+    nn.init.normal_(experts.gate_bias)
+    maps = FeatureMaps(experts)
+    torch.testing.assert_close(maps(features), experts(features.repeat(1, 1, 2, 1)))
+    maps.weight.data += 1
+    maps(features).sum().backward()
+    assert maps.weight.grad.abs().min() > 0 and experts.experts.grad is None
+
+
 def test_importance_by_hand():
     """Catches a wrong CV^2: weights (.5, .3, .2), mean 1/3, variance .14/9, CV^2 .14."""
     gate = torch.tensor([[0.5, 0.3, 0.2], [1 / 3, 1 / 3, 1 / 3]])
@@ -136,11 +155,16 @@ def test_alignment_by_hand():
     """
     teacher = torch.tensor([[[[1.0, 2], [3, 4], [5, 6]]]])
     student = teacher - torch.tensor([1.0, 0, 2])[:, None]
+    block = torch.cat([teacher + 100, teacher], 2)  # of two layers, the last one counts
     assert microbert.alignment_loss(student, teacher).item() == pytest.approx(5 / 3)
-    experts = experts_by_hand()
-    assert microbert.alignment_loss(student, teacher, experts).item() == pytest.approx(1.5)
-    turned = microbert.alignment_loss(-teacher, teacher, experts)  # squares 4 f^2: 10, 50, 122
-    assert turned.item() == pytest.approx(0.5 * 10 + 0.25 * 50 + 0.25 * 122 + 2)
+    assert microbert.alignment_loss(student, block).item() == pytest.approx(5 / 3)
+    gate, fused = experts_by_hand().gate(), experts_by_hand()(teacher)
+    both = torch.cat([0.1 * gate, 0.9 * gate], 1)
+    for seen, weights in ((teacher, gate), (block, both)):
+        found = microbert.alignment_loss(student, seen, weights, (fused - 1.5, fused))
+        assert found.item() == pytest.approx(1.5)
+    turned = microbert.alignment_loss(-teacher, teacher, gate, (-fused, fused))
+    assert turned.item() == pytest.approx(0.5 * 10 + 0.25 * 50 + 0.25 * 122 + 2)  # 4 f^2 and 2
 
 
 @pytest.mark.parametrize("moe", [False, True])
@@ -148,9 +172,10 @@ def test_alignment_moves_the_student_alone(moe):
     """Catches a detached student or half a gradient, and one into teacher, gate or experts."""
     experts = SentenceExperts(2, 16, 4, 2)
     nn.init.normal_(experts.gate_bias)
-    experts.requires_grad_(False)
     student, teacher = random_features(seed=1).requires_grad_(), random_features().requires_grad_()
-    found = microbert.alignment_loss(student, teacher, experts if moe else None)
+    maps = FeatureMaps(experts)
+    given = (experts.gate(), (maps(student), experts(teacher))) if moe else ()
+    found = microbert.alignment_loss(student, teacher, *given)
     found.backward()
     assert (student.grad.abs().sum((0, 3)) > 0).all()  # every layer and every view
     assert teacher.grad is None
@@ -292,17 +317,18 @@ def test_teacher_is_run_in_eval_mode(tmp_path):
     torch.manual_seed(0)
     teacher, encoded, path = Bert(TINY).train(), texts(), tmp_path / "cache"
     config = DistillConfig(device="cpu")
-    cache = microbert.teacher_pass(teacher, encoded, torch.zeros(37), (2, 4), config, path)
+    blocks = ((1, 2), (3, 4))
+    cache = microbert.teacher_pass(teacher, encoded, torch.zeros(37), blocks, config, path)
     assert not teacher.training and cache.features[:].dtype == torch.float16
-    assert path.stat().st_size == 37 * 2 * 3 * 16 * 2
+    assert path.stat().st_size == 37 * 2 * 6 * 16 * 2
     for row in (0, 5, 36):
         batch = data.collate(encoded, np.array([row]))
         output = teacher.eval()(**batch)
         torch.testing.assert_close(
             cache.logits[row].float(), output.logits[0], atol=1e-3, rtol=1e-3
         )
-        matched = [output.hidden_states[2], output.hidden_states[4]]
-        features = microbert.sentence_features(matched, batch["attention_mask"])[0]
+        found = microbert.sentence_features(output.hidden_states[1:], batch["attention_mask"])[0]
+        features = torch.stack([torch.cat([found[0], found[1]]), torch.cat([found[2], found[3]])])
         torch.testing.assert_close(cache.features[row].float(), features, atol=2e-3, rtol=2e-3)
     assert not cache.logits.requires_grad and not cache.features[:].requires_grad
 
@@ -340,12 +366,12 @@ def test_the_pass_is_used_again_for_the_same_alone(tmp_path, other):
     )
     forwards, labels, caches = [], torch.zeros(37), []
     teacher.register_forward_hook(lambda *_: forwards.append(1))
-    caches.append(microbert.teacher_pass(teacher, encoded, labels, (2, 4), config, path))
+    caches.append(microbert.teacher_pass(teacher, encoded, labels, ((2,), (4,)), config, path))
     first, kept = len(forwards), caches[0].features[:].clone()
     assert first > 0
     with torch.no_grad():
         CACHES[other](teacher, encoded, path)
-    layers = (1, 4) if other == "the layers" else (2, 4)
+    layers = ((1,), (4,)) if other == "the layers" else ((2,), (4,))
     caches.append(microbert.teacher_pass(teacher, encoded, labels + 1, layers, config, path))
     assert (len(forwards) == first) == (other == "nothing")
     assert torch.equal(caches[1].labels, labels + 1)  # the caller's, whatever was stored
@@ -364,8 +390,9 @@ def objective_of(folder, **options):
     config = microbert.settle(DistillConfig(expert_size=8, **fixed, **options))
     labels = torch.arange(37).remainder(2).float()
     labels[20:] = torch.nan
-    cache = microbert.teacher_pass(teacher, encoded, labels, (2, 4), config, folder / "cache")
-    experts = SentenceExperts(2, 16, 8, 2) if config.moe else None
+    blocks = ((1, 2), (3, 4))
+    cache = microbert.teacher_pass(teacher, encoded, labels, blocks, config, folder / "cache")
+    experts = SentenceExperts(2, 16, 8, 2, block=2) if config.moe else None
     objective = Distillation(
         cache, experts and microbert.fit_experts(experts, *cache, steps=5), config
     )
@@ -382,10 +409,12 @@ def test_terms_are_weighted_and_switched(tmp_path):
     terms = objective(output, batch["attention_mask"], rows, 0.9)
     cache, experts = objective.cache, objective.experts
     features = microbert.sentence_features(output.hidden_states[1:], batch["attention_mask"])
+    wanted = cache.features[rows].float()
+    fused = objective.maps(features), experts(wanted)
     expected = {
         "hard": 0.3 * microbert.hard_loss(output.logits, cache.labels[rows]),
         "soft": 0.7 * microbert.soft_loss(output.logits, cache.logits[rows].float(), 2.0),
-        "align": 3 * microbert.alignment_loss(features, cache.features[rows].float(), experts),
+        "align": 3 * microbert.alignment_loss(features, wanted, experts.gate(), fused),
     }
     for name, value in expected.items():
         torch.testing.assert_close(terms[name], value)
@@ -409,7 +438,7 @@ def test_experts_can_be_switched_off(tmp_path):
     output = student(**batch)
     terms = objective(output, batch["attention_mask"], torch.arange(8), 0.9)
     features = microbert.sentence_features(output.hidden_states[1:], batch["attention_mask"])
-    teacher = objective.cache.features[:8].float()
+    teacher = objective.cache.features[:8, :, 3:].float()
     torch.testing.assert_close(terms["align"], 3 * (features - teacher).square().mean())
     assert objective.discriminator.layers[0].in_features == 16 + 2
 
@@ -502,6 +531,18 @@ def test_training_is_deterministic_and_aligns(tmp_path):
     assert last["align"] < 0.6 * first["align"] and last["soft"] < first["soft"]
 
 
+def test_maps_learn_with_the_student(tmp_path):
+    """Catches maps that stand still, go at the student's rate, or are lost where a run continues."""
+    _, student, encoded, objective, config = objective_of(tmp_path)
+    before, weight = objective.maps.weight.detach().clone(), student.layers[0].query.weight.clone()
+    log, state = microbert.Log(None), tmp_path / "state"
+    microbert.train(student, encoded, objective, config, log, epochs=2, lr=1e-9, state=state)
+    assert 1e-4 < (objective.maps.weight - before).abs().max() < 10 * 5e-4
+    assert (student.layers[0].query.weight - weight).abs().max() < 1e-7
+    stored = torch.load(state, weights_only=True)
+    assert torch.equal(stored["maps"]["weight"], objective.maps.weight)
+
+
 def test_schedule():
     """Catches a warm-up that never ends and a decay that does not reach 0."""
     assert microbert.schedule(0.0, 0.1) == 0 and microbert.schedule(0.05, 0.1) == pytest.approx(0.5)
@@ -522,10 +563,13 @@ def test_what_the_discriminator_is_shown(tmp_path, moe):
     own = microbert.sentence_features(output.hidden_states[1:], batch["attention_mask"])
     sides = (cache.features[:8].float(), cache.logits[:8].float()), (own, output.logits)
     for found, (features, logits) in zip(shown, sides, strict=True):
-        views, fused = features[:, -1], features[:, -1].mean(1)
+        views, fused = features[:, -1], features[:, -1, -3:].mean(1)
         if moe:
             gate, each = objective.experts.gate()[-1], objective.experts.experts[-1]
-            fused = sum(gate[e] * views[:, e] @ each[e] for e in range(3))
+            weights = (
+                gate[:, None, None] * each if len(views[0]) == 6 else objective.maps.weight[-1]
+            )
+            fused = sum(view @ weight for view, weight in zip(views.unbind(1), weights))
         expected = [F.layer_norm(fused, fused.shape[-1:]), (logits / 2).softmax(-1)]
         torch.testing.assert_close(found, torch.cat(expected, 1))
     shown[1][:, 0].sum().backward()

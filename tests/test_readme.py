@@ -200,10 +200,12 @@ shape = m.BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=2, num_atten
                      intermediate_size=8, max_position_embeddings=8)
 m.save_bert(m.Bert(shape), "here")
 teacher, ids, mask = m.load_bert("here"), torch.ones(2, 4).long(), torch.ones(2, 4).long()
-student = m.prune(teacher, m.layer_map(2, 1))
+(block,) = m.layer_map(2, 1)
+student = m.prune(teacher, block[-1:])
 features = [m.sentence_features(b(ids, mask).hidden_states[-1:], mask) for b in (student, teacher)]
 experts = m.SentenceExperts(1, 8, 4, 2)
-print(m.alignment_loss(*features, experts).shape)
+fused = m.FeatureMaps(experts)(features[0]), experts(features[1])
+print(m.alignment_loss(*features, experts.gate(), fused).shape)
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True

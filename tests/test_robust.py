@@ -342,8 +342,8 @@ def test_a_pass_without_a_group_is_whole(files, monkeypatch, tmp_path):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     encoded = data.encode(data.load_tokenizer(files / "bert"), ["a cat"] * 99)
     config = settle(DistillConfig(device="cpu", precision="fp32"))
-    made = (load_bert(files / "bert"), encoded, torch.zeros(99), [2, 4], config, tmp_path / "cache")
-    cache = microbert.teacher_pass(*made)
+    made = load_bert(files / "bert"), encoded, torch.zeros(99), [[2], [4]], config
+    cache = microbert.teacher_pass(*made, tmp_path / "cache")
     assert cache.logits.isfinite().all() and (cache.features[:].float().std(-1) > 0.5).all()
 
 
@@ -490,7 +490,7 @@ def test_what_is_of_another_teacher_is_not_used(files, monkeypatch, capsys, what
     else:
         for path in files.glob("*/train.tsv"):
             if path.parent.name != "SST-2":
-                path.write_text(path.read_text().replace("cat", "dog").replace("the", "a"))
+                path.unlink()
     capsys.readouterr()
     assert distil(files, "SST-2", *STEADY) == 0
     shown = capsys.readouterr().out
@@ -513,16 +513,16 @@ def test_a_teachers_pass_is_taken_for_itself_alone(tmp_path, capsys):
     reversed_texts = data.Encoded(ids[::-1].copy(), *(texts.type_ids, texts.offsets))
     path, beside = tmp_path / "cache", tmp_path / "cache.logits"
     for model, encoded, layers, harmed in (
-        (other, texts, [2, 4], None), (teacher, reversed_texts, [2, 4], None),
-        (teacher, texts, [1, 4], None), (teacher, texts, [2, 4], path),
-        (teacher, texts, [2, 4], beside), (teacher, texts, [2, 4], False),
+        (other, texts, (2, 4), None), (teacher, reversed_texts, (2, 4), None),
+        (teacher, texts, (1, 4), None), (teacher, texts, (2, 4), path),
+        (teacher, texts, (2, 4), beside), (teacher, texts, (2, 4), False),
     ):  # fmt: skip
-        microbert.teacher_pass(teacher, texts, torch.zeros(4), [2, 4], config, path)
+        microbert.teacher_pass(teacher, texts, torch.zeros(4), [[2], [4]], config, path)
         before = path.stat().st_ino, path.stat().st_mtime_ns
         if harmed:
             harmed.write_bytes(harmed.read_bytes()[:-10])
         capsys.readouterr()
-        arguments = (model, encoded, torch.zeros(4), layers, config)
+        arguments = (model, encoded, torch.zeros(4), [[n] for n in layers], config)
         found, shown = microbert.teacher_pass(*arguments, path), capsys.readouterr()
         assert ("cache: " not in shown.out) == (harmed is False)
         assert harmed is not False or (path.stat().st_ino, path.stat().st_mtime_ns) == before
@@ -707,7 +707,7 @@ def test_a_discriminator_that_wins_or_collapses(tmp_path, kind):
               attention_probs_dropout_prob=0.0)
     )  # fmt: skip
     labels = torch.full((64,), torch.nan)
-    cache = microbert.teacher_pass(teacher, encoded, labels, [2], settings, tmp_path / "f16")
+    cache = microbert.teacher_pass(teacher, encoded, labels, [[1, 2]], settings, tmp_path / "f16")
     objective = microbert.Distillation(cache, microbert.make_experts(cache, settings), settings)
     student, losses, told_apart = microbert.prune(teacher, [2]), [], []
     contest, judge = objective.contest, getattr(objective, "discriminator", None)

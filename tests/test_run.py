@@ -379,7 +379,7 @@ def test_transfer_text_is_other_tasks_and_none_of_dev_or_test(files, capsys, nam
     text = path.read_text().replace("not_entailment", "perhaps")
     path.write_text(f"{text}98\t{kept[0].upper()}!\ta cat\tentailment\n")
     config = DistillConfig(data_dir=str(files), transfer_ratio=20.0)
-    texts = microbert.gather_transfer(config, task, glue.read(task, files, "train").texts)
+    texts = microbert.gather_transfer(config, task, glue.read(task, files, "train").texts, {})
     foreign = data.sentences_of(glue.read("RTE", files, "train", with_labels=False).texts)
     assert len(texts) > 60 and {*foreign} & {*texts}
     plain = [{re.sub(r"\W", "", text).lower() for text in some} for some in (kept, texts)]

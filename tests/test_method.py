@@ -532,7 +532,7 @@ def test_training_is_deterministic_and_aligns(tmp_path):
 
 
 def test_maps_learn_with_the_student(tmp_path):
-    """Catches maps that stand still, go at the student's rate, or are lost where a run continues."""
+    """Catches maps that stand still, go at the student's rate, or that a continued run loses."""
     _, student, encoded, objective, config = objective_of(tmp_path)
     before, weight = objective.maps.weight.detach().clone(), student.layers[0].query.weight.clone()
     log, state = microbert.Log(None), tmp_path / "state"

@@ -220,11 +220,16 @@ def _own_part(path: Path, split: str, lines: list[int], whole: Examples) -> Exam
         _note(f"{path}:{quoted[0]}: a text in quotes, which are read as part of it")
     if path.stem != "train" or path.with_name("dev.tsv").exists():
         return whole
-    marks = [zlib.crc32(repr(text).encode(errors="backslashreplace")) for text in texts]
-    held_out = np.array(marks) <= sorted(marks)[(len(marks) - 1) // 10]  # (n,)
+    held_out = lowest_hashes(texts, 1 + (len(texts) - 1) // 10)
     (rows,) = np.nonzero(held_out == (split == "dev"))
     _note(f"{path.parent} has no dev.tsv: a tenth of train.tsv, by a hash of the text, stands in")
     return Examples([texts[row] for row in rows], labels if labels is None else labels[rows])
+
+
+def lowest_hashes(texts: Sequence[Any], count: int) -> np.ndarray:
+    """Which texts, so many, have the lowest hashes; equal ones stay together: (n,) bool."""
+    marks = [zlib.crc32(repr(text).encode(errors="backslashreplace")) for text in texts]
+    return np.array(marks) <= sorted(marks)[count - 1]
 
 
 def text_beside(task: str | Task, data_dir: str | Path) -> tuple[list[list[Any]], list[str]]:

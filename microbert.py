@@ -247,7 +247,8 @@ def layer_map(teacher_layers: int, student_layers: int) -> tuple[tuple[int, ...]
     """
     if not 1 <= student_layers <= teacher_layers:
         raise ValueError(f"{student_layers} student layers of a teacher with {teacher_layers}")
-    tops = [-(-m * teacher_layers // student_layers) for m in range(1, student_layers + 1)]
+    numbers = range(1, student_layers + 1)
+    tops = [math.ceil(m * teacher_layers / student_layers) for m in numbers]
     return tuple(tuple(range(top - tops[0] + 1, top + 1)) for top in tops)
 
 
@@ -714,10 +715,8 @@ def train(
     where a loss or gradient is not finite, before it moves a weight.
     """
     device, (rank, processes), size = resolve_device(config.device), process(), config.batch_size
-    optimizer = adamw(model.to(device).train(), lr, config.weight_decay)
-    if maps := getattr(objective, "maps", None):
-        group = {"params": [*maps.parameters()], "weight_decay": 0.0, "times": maps.lr / lr}
-        optimizer.add_param_group(group)
+    maps = getattr(objective, "maps", None)
+    optimizer = adamw(model.to(device).train(), lr, config.weight_decay, maps)
     parts = {"model": model, "optimizer": optimizer, **getattr(objective, "stateful", {})}
     drawn = (data.bucketed_batches(encoded.lengths, size, seed=config.seed, epoch=epoch)
              for epoch in range(epochs))  # fmt: skip
@@ -752,7 +751,7 @@ def train(
 
 
 def update(
-    model: nn.Module, optimizer: torch.optim.Optimizer, terms: dict[str, Tensor], lr: float,
+    model: Bert, optimizer: torch.optim.Optimizer, terms: dict[str, Tensor], lr: float,
     clip: float, broken: Tensor,
 ) -> Tensor:  # fmt: skip
     """Moves the weights down the gradient of the terms' sum; returns the gradient's norm, ().
@@ -786,13 +785,20 @@ def schedule(progress: float, warmup: float) -> float:
     return progress / warmup if progress < warmup else (1 - progress) / (1 - warmup)
 
 
-def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only, fused: the default loop takes four times as long."""
+def adamw(
+    model: nn.Module, lr: float, weight_decay: float, maps: FeatureMaps | None = None
+) -> torch.optim.AdamW:
+    """AdamW with decay on matrices only, fused: the default loop takes four times as long.
+
+    maps: learn along, without decay, at a rate of their own: `times` the model's.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+    if maps:
+        groups += [{"params": [maps.weight], "weight_decay": 0.0, "times": maps.lr / lr}]
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
@@ -925,7 +931,8 @@ def start(config: DistillConfig, shared: Path | None = None) -> tuple[Run, Bert]
     unit, out = score_unit(task, train_set.labels), Path(config.out or "out")
     learnt = torch.tensor((train_set.labels - unit[0]) / unit[1]).float()  # (n,)
     words = bert.word_embeddings.weight.detach()
-    near = data.near_words(tokenizer, words, train_set.texts) if distils(config) else {}
+    edits = config.transfer_ratio and distils(config)
+    near = data.near_words(tokenizer, words, train_set.texts) if edits else {}
     transfer = gather_transfer(config, task, train_set.texts, near)
     encoded = data.encode(tokenizer, [*train_set.texts, *transfer])
     log = Log(out / "log.jsonl", config.log_every)

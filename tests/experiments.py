@@ -22,7 +22,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -202,17 +201,19 @@ def cut(data_dir, out):
 
     No sentence of dev is left in train. The real dev is nowhere in OUT; other splits are copied.
     """
-    for task in (name for name in glue.TASKS if (data_dir / name / "train.tsv").exists()):
+    tasks = [name for name in glue.TASKS if (data_dir / name / "train.tsv").exists()]
+    if not tasks:
+        raise FileNotFoundError(f"{data_dir}: no TASK/train.tsv in it, expected GLUE's folders")
+    for task in tasks:
         source, texts = data_dir / task, glue.read(task, data_dir, "train").texts
         numbers = glue._table(source / "train.tsv", task, "train")[0]
         lines = glue._lines(source / "train.tsv")
-        marks = [zlib.crc32(repr(text).encode()) for text in texts]
-        level = sorted(marks)[min(len(marks) // 10, 2000) - 1]
-        chosen = [text for text, mark in zip(texts, marks) if mark <= level]
+        lowest = glue.lowest_hashes(texts, max(1, min(len(texts) // 10, 2000)))
+        chosen = {text for text, low in zip(texts, lowest) if low}
         known = set(data.sentences_of(chosen))
         rest = {text for text in texts if known.isdisjoint(data.sentences_of([text]))}
         (out / task).mkdir(parents=True, exist_ok=True)
-        for split, kept in (("train", rest), ("dev", {*chosen})):
+        for split, kept in (("train", rest), ("dev", chosen)):
             own = [lines[n - 1] for n, text in zip(numbers, texts) if text in kept]
             content = "\n".join([*lines[: numbers[0] - 1], *own, ""])
             (out / task / f"{split}.tsv").write_text(content, encoding="utf-8")
@@ -236,8 +237,9 @@ def apart(config, folder, row):
     tokenizer, found = data.load_tokenizer(folder / "teacher", config.max_length), {}
     models = [m.load_bert(folder / part) for part in (f"{row}/student", "teacher")]
     fresh = unseen(config, task, train.texts, tokenizer, words)
+    _, spread = m.score_unit(task, train.labels)
     for split, texts in (("dev", dev.texts), ("unseen", fresh)):
-        encoded, (_, spread) = data.encode(tokenizer, texts), m.score_unit(task, train.labels)
+        encoded = data.encode(tokenizer, texts)
         own, wanted = (m.predict_logits(x, encoded, config).double() / spread for x in models)
         found[f"{split}_distance"] = m.soft_loss(own, wanted).item()
         if len(task.labels):
@@ -272,8 +274,10 @@ def run(tasks, seeds, rows, options):
                 for result in found:
                     if (task, result["seed"], result["row"]) not in known:
                         if result["row"] not in ("teacher", *PEERS):
-                            given = replace(m.row_config(config, result["row"]), seed=seed)
-                            result |= apart(given, out / f"seed-{seed}", result["row"])
+                            teacher = config.teacher.replace("{seed}", str(seed))
+                            asked = m.row_config(replace(config, teacher=teacher), result["row"])
+                            asked = replace(asked, seed=seed)
+                            result |= apart(asked, out / f"seed-{seed}", result["row"])
                         line = {"task": task, **result, "options": kept, "commit": commit}
                         with RESULTS.open("a", encoding="utf-8") as file:
                             file.write(json.dumps(line) + "\n")
@@ -470,7 +474,11 @@ def main(argv):
         parser = argparse.ArgumentParser(allow_abbrev=False)
         parser.add_argument("--data-dir", type=Path, default=Path("glue"))
         parser.add_argument("--out", type=Path, required=True)
-        cut(**vars(parser.parse_args(rest)))
+        try:
+            cut(**vars(parser.parse_args(rest)))
+        except (OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
     elif command == "tables":
         tables()
     elif command == "draw":

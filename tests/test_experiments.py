@@ -173,10 +173,12 @@ def test_runs_are_written_at_once_and_not_repeated(files, tmp_path, monkeypatch,
     again[again.index("SST-2,STS-B")] = "SST-2"
     kept_lines = before.splitlines(keepends=True)
     missing = next(i for i, r in enumerate(found) if (r["row"], r["seed"]) == ("pkd", 1))
-    less = "".join(kept_lines[:missing] + kept_lines[missing + 1 :])
+    also = next(i for i, r in enumerate(found) if (r["row"], r["seed"]) == ("full", 1))
+    less = "".join(line for i, line in enumerate(kept_lines) if i not in (missing, also))
     (tmp_path / "results.jsonl").write_text(less)
     assert experiments.main([*again, "--seeds", "1", "--rows", "full,pkd"]) == 0
-    remade = experiments.results()[-1]
+    *_, student, remade = experiments.results()
+    assert student["row"] == "full" and student["unseen_distance"] > 0
     assert remade["score"] == found[missing]["score"] and remade["task"] == found[missing]["task"]
     (tmp_path / "results.jsonl").write_text("".join(reversed(kept_lines)))
     page = tmp_path / "RESULTS.md"
@@ -217,9 +219,15 @@ def test_runs_are_written_at_once_and_not_repeated(files, tmp_path, monkeypatch,
     assert len(picture.findall("{*}circle")) == 2 * 3  # full, tinybert, pkd; each in the legend
 
 
-def test_texts_to_choose_on(files, tmp_path):  # noqa: F811
+def test_texts_to_choose_on(files, tmp_path, capsys):  # noqa: F811
     """Catches a sentence on both sides of the cut, rows lost for nothing, the real dev in it."""
+    path = files / "RTE/train.tsv"  # each sentence in two pairs
+    header, *rows = path.read_text().splitlines()
+    turned = [f"{n}\t{b}\t{a}\t{label}" for n, a, b, label in (row.split("\t") for row in rows)]
+    path.write_text("\n".join([header, *rows, *turned, ""]))
     assert experiments.main(["cut", "--data-dir", str(files), "--out", str(tmp_path / "cut")]) == 0
+    assert experiments.main(["cut", "--data-dir", "nowhere", "--out", str(tmp_path / "no")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "no").exists()
     for task, pairs in (("SST-2", False), ("RTE", True)):
         parts = [glue.read(task, tmp_path / "cut", split) for split in ("train", "dev")]
         said = [{*data.sentences_of(part.texts)} for part in parts]

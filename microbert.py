@@ -383,7 +383,7 @@ class SentenceExperts(nn.Module):
 
 
 class FeatureMaps(nn.Module):
-    """Reads a student's three views as the experts read a block's: OURS(15).
+    """Reads a student's three views as the experts read a block's: OURS(14).
 
     Starts as the experts, gated, those of a view summed over the block; trained with the student,
     because its layer does the work of several, and thrown away in the end.
@@ -517,9 +517,7 @@ def opt(default: Any, help: str, low: float = 0, high: float = 10**9, *, group: 
     return field(default=default, metadata={"help": help, "range": (low, high), "group": group})
 
 
-_ALL_ROWS = (
-    "full no-moe no-fal no-gan no-soft no-transfer soft-only soft-only+no-transfer labels-only"
-)
+_ALL_ROWS = "full no-moe no-fal gan no-soft no-transfer no-fal+no-transfer labels-only"
 
 
 @dataclass(frozen=True)
@@ -543,16 +541,15 @@ class DistillConfig:
     layers: int = opt(0, "encoder layers it keeps; 0 is half the teacher's", group="the student")
     keep_layers: str = opt("", "or the layers themselves, counted from 1: 2,4,6")
     epochs: int = opt(0, "passes over training and transfer text; 0 chooses by their size")
-    label_epochs: int = opt(-1, "then passes over the labels alone; -1 is 3 for CoLA, else 0", -1)
-    lr: float = opt(0.0, "the student's peak learning rate; 0 chooses: 3e-4, 1e-4 for CoLA")
+    lr: float = opt(0.0, "the student's peak learning rate; 0 is 1e-4, for toy 1e-3")
 
     moe: bool = opt(True, "mixture of experts over the sentence features", group="the method")
     fal: bool = opt(True, "feature alignment loss")
-    gan: bool = opt(True, "discriminator and adversarial loss")
+    gan: bool = opt(False, "discriminator and adversarial loss, off because it helped no task")
     soft: bool = opt(True, "soft targets")
     temperature: float = opt(2.0, "tau of the soft targets", 1e-3, 1000)
-    soft_weight: float = opt(0.7, "weight a of the soft targets; the labels have 1 - a", 0, 1)
-    alignment_weight: float = opt(3.0, "weight b of the feature alignment loss")
+    soft_weight: float = opt(0.9, "weight a of the soft targets; the labels have 1 - a", 0, 1)
+    alignment_weight: float = opt(1.3, "weight b of the feature alignment loss")
     adversarial_weight: float = opt(0.05, "weight c of the adversarial loss, once ramped up")
     expert_size: int = opt(128, "width P of an expert's projection", 1, 2**16)
     transfer: str = opt("", "file of unlabelled texts to distil on too, one (or a pair) a line")
@@ -571,7 +568,7 @@ class DistillConfig:
     precision: str = opt("auto", "'fp32', 'bf16' or 'auto': bf16 to train where it is faster")
 
     seeds: str = opt("0,1,2", "of its runs; {seed} in --teacher is each", group="the ablation")
-    rows: str = opt(_ALL_ROWS, "students: names and option=value joined by '+': layers=1+no-gan")
+    rows: str = opt(_ALL_ROWS, "students: names and option=value joined by '+': layers=1+no-moe")
     checkpoint: str = opt("", "a folder, a run's --out or a Hub name", group="what to answer")
     split: str = opt("dev", "the split: 'dev', 'test', or for MNLI 'test_mismatched'")
     text: Sequence[str] = opt((), "a text, or the two of a pair; none: --file or standard input")
@@ -594,12 +591,11 @@ class DistillConfig:
 
 
 # What the options choose by themselves, for any task ('') and where one has a setting of its own: a
-# recipe for its teacher, and what CoLA's Matthews correlation asks for, balanced answers, OURS(13),
-# and a student that ends with the labels, OURS(14). Found on dev, mostly with one seed. A model
-# as small as the built-in task's is faster on a CPU than on a GPU, and in fp32 than in bf16.
+# recipe for its teacher, and what CoLA's Matthews correlation asks for, balanced answers, OURS(13).
+# A model as small as the built-in task's is faster on a CPU than on a GPU, in fp32 than in bf16.
 RECIPES: dict[str, dict[str, Any]] = {
-    "": {"lr": 3e-4, "teacher_lr": 5e-5, "logit_adjustment": 0.0, "label_epochs": 0},
-    "CoLA": {"lr": 1e-4, "teacher_epochs": 5, "logit_adjustment": 1.0, "label_epochs": 3},
+    "": {"lr": 1e-4, "teacher_lr": 5e-5, "logit_adjustment": 0.0},
+    "CoLA": {"teacher_epochs": 5, "logit_adjustment": 1.0},
     "MRPC": {"teacher_lr": 1e-4, "teacher_epochs": 5},
     "SST-2": {"teacher_epochs": 2},
     "STS-B": {"teacher_lr": 2e-4, "teacher_epochs": 4},
@@ -687,7 +683,7 @@ class Distillation:
 
 
 def of_labels(labels: Tensor, classes: int, config: DistillConfig) -> Objective:
-    """The objective of labels (n,) alone: of the teacher, of the comparison, of the last passes."""
+    """The objective of labels (n,) alone: the teacher's, and the comparison's."""
     offset = class_offset(labels, classes, config.logit_adjustment)
     offset = offset.to(resolve_device(config.device))  # (C,)
 
@@ -863,21 +859,22 @@ def distill(config: DistillConfig, *, shared: Path | None = None) -> dict[str, A
     if config.moe and (config.fal or config.gan):
         with log.timed("experts", "fits experts and gate to the task on the teacher's features"):
             experts = make_experts(cache, config)
+            gates = experts.gate().tolist()  # (K, E)
+            results["gates"] = [[round(weight, 4) for weight in row] for row in gates]
     keep = start_layers(config, teacher.config.num_hidden_layers, pairs=run.task.pairs)
     with log.timed("pruned", f"the teacher's layers {', '.join(map(str, keep))}, as they are"):
         pruned = prune(teacher.cpu(), keep)
         set_dropout(pruned, 0.0)  # it has no capacity to spare
         del teacher  # frees its memory
         score(run, "pruned", pruned)
-    stages = student_stages(run, cache, experts)
-    with log.timed("student", f"the same, distilled on {stages[0].texts:,} texts"):
-        student = fit(run, "student", pruned, run.encoded, stages, mark)
+    lesson = student_lesson(run, cache, experts)
+    with log.timed("student", f"the same, distilled on {len(lesson.texts):,} texts"):
+        student = fit(run, "student", pruned, lesson, mark)
         said, spread = score(run, "student", student).double(), run.unit[1]
         results["student"]["distance"] = soft_loss(said / spread, wanted / spread).item()
     if config.baseline:
         with log.timed("baseline", "the same, fine-tuned on the labels alone, for comparison"):
-            stages = [label_stage(run, config.lr)]
-            score(run, "baseline", fit(run, "baseline", pruned, run.encoded, stages, mark))
+            score(run, "baseline", fit(run, "baseline", pruned, label_lesson(run, config.lr), mark))
     finish(run, student)
     return results
 
@@ -891,10 +888,10 @@ def finetune(config: DistillConfig) -> dict[str, Any]:
     return run.results
 
 
-class Stage(NamedTuple):
-    """One training of a model: what it learns from the first so many texts."""
+class Lesson(NamedTuple):
+    """What a model is trained on, by what, how often and how fast."""
 
-    texts: int
+    texts: "data.Encoded"
     objective: Objective
     epochs: int
     lr: float
@@ -1066,7 +1063,7 @@ def gather_transfer(
     given, known = [text for _, text in lines if "".join(text).strip()], len(train_texts)
     count = round(config.transfer_ratio * known)
     if config.transfer_ratio < 0:
-        count = max(min(4 * known, 100_000 - known), len(given))
+        count = max(min(7 * known, 100_000 - known), len(given))
     beside = glue.text_beside(task, config.data_dir)
     texts, left_out = data.transfer_texts(train_texts, *beside, count, config.seed, given, near)
     some = f"{min(count, len(given)):,} of {len(given):,} texts of {config.transfer}"
@@ -1091,25 +1088,25 @@ def teach(run: Run, bert: Bert) -> Bert:
         save_bert(bert, folder, tokenizer_from=run.source)
     if run.config.teacher or run.shared:
         return bert
-    texts, stages = run.encoded.first(len(run.labels)), [label_stage(run, run.config.teacher_lr)]
-    return fit(run, "teacher", bert, texts, stages, checksum(bert, texts, run.labels))
+    lesson = label_lesson(run, run.config.teacher_lr)
+    return fit(run, "teacher", bert, lesson, checksum(bert, lesson.texts, run.labels))
 
 
-def label_stage(run: Run, lr: float) -> Stage:
+def label_lesson(run: Run, lr: float) -> Lesson:
     """Fine-tuning on the labels: the teacher's, and the student's that it is compared with."""
-    config, count = run.config, len(run.labels)
-    epochs = config.teacher_epochs or auto_epochs(count, config.batch_size, least=2)
-    return Stage(count, of_labels(run.labels, max(1, len(run.task.labels)), config), epochs, lr)
+    config, texts = run.config, run.encoded.first(len(run.labels))
+    epochs = config.teacher_epochs or auto_epochs(len(texts), config.batch_size, least=2)
+    return Lesson(texts, of_labels(run.labels, max(1, len(run.task.labels)), config), epochs, lr)
 
 
-def student_stages(run: Run, cache: TeacherCache, experts: SentenceExperts | None) -> list[Stage]:
-    """What the student learns: from its teacher, then, OURS(14), from the labels alone."""
-    config, labels, count = run.config, label_stage(run, run.config.lr), len(cache.labels)
+def student_lesson(run: Run, cache: TeacherCache, experts: SentenceExperts | None) -> Lesson:
+    """What the student learns from its teacher, or, if nothing, from the labels."""
+    config = run.config
     if not distils(config):
-        return [labels._replace(epochs=config.epochs or labels.epochs)]
-    epochs = config.epochs or auto_epochs(count, config.batch_size, 2 if count <= 50_000 else 1)
-    stages = [Stage(count, Distillation(cache, experts, config), epochs, config.lr)]
-    return stages + [labels._replace(epochs=config.label_epochs)] * (config.label_epochs > 0)
+        labels = label_lesson(run, config.lr)
+        return labels._replace(epochs=config.epochs or labels.epochs)
+    epochs = config.epochs or auto_epochs(len(run.encoded), config.batch_size, least=1)
+    return Lesson(run.encoded, Distillation(cache, experts, config), epochs, config.lr)
 
 
 def auto_epochs(examples: int, batch_size: int, least: int) -> int:
@@ -1147,26 +1144,22 @@ def make_experts(cache: TeacherCache, config: DistillConfig) -> SentenceExperts:
     return experts
 
 
-def fit(
-    run: Run, name: str, model: Bert, texts: "data.Encoded", stages: Sequence[Stage], mark: int
-) -> Bert:
-    """OUT/NAME: a copy of the model trained stage by stage, or what a killed run had finished.
+def fit(run: Run, name: str, model: Bert, lesson: Lesson, mark: int) -> Bert:
+    """OUT/NAME: a copy of the model, trained, or what a killed run had finished.
 
     What is returned was read back from the disk, so that a run that continues goes on with the
     very same numbers. mark: of all that the training begins with; a state of other is not used.
     """
     folder, config, (center, spread) = run.out / name, run.config, run.unit
-    steps = [stage.epochs * math.ceil(stage.texts / config.batch_size) for stage in stages]
-    run.results[name] = {"updates": sum(steps)}
-    states = [run.out / f"{name}-{i}-{mark:08x}.state" for i in range(len(stages))]
+    texts, objective, epochs, lr = lesson
+    run.results[name] = {"updates": epochs * math.ceil(len(texts) / config.batch_size)}
+    state = run.out / f"{name}-{mark:08x}.state"
     if (folder / "config.json").exists():
-        run.log.seconds |= load_state(states[-1]).get("seconds", {})
+        run.log.seconds |= load_state(state).get("seconds", {})
     else:
         model = copy.deepcopy(model)
         with only_seen_words(model, texts) as seen:
-            for (count, objective, epochs, lr), state in zip(stages, states):
-                some = seen.first(count)
-                train(model, some, objective, config, run.log, epochs=epochs, lr=lr, state=state)
+            train(model, seen, objective, config, run.log, epochs=epochs, lr=lr, state=state)
         rescale(model, spread, center)
         save_bert(model, folder, tokenizer_from=run.source)
     barrier()
@@ -1322,7 +1315,7 @@ def examples_per_second(models: Sequence[Bert], run: Run) -> list[float]:
 # --- comparing: the ablation ---------------------------------------------------------------------
 
 # Rows that switch off more than one thing, as options of distil without their dashes.
-_ROWS = {"full": "", "no-transfer": "transfer-ratio=0", "soft-only": "no-moe+no-fal+no-gan",
+_ROWS = {"full": "", "no-transfer": "transfer-ratio=0",
          "labels-only": "no-moe+no-fal+no-gan+no-soft+epochs=0"}  # fmt: skip
 
 
@@ -1390,7 +1383,7 @@ def row_config(config: DistillConfig, row: str) -> DistillConfig:
         config = replace(config, layers=0, keep_layers="")
     chosen, unknown = parser("row").parse_known_args(words, argparse.Namespace(**vars(config)))
     if unknown or not row or "/" in row:
-        names = ", ".join([*_ROWS, "no-moe", "no-fal", "no-gan", "no-soft"])
+        names = ", ".join([*_ROWS, "no-moe", "no-fal", "gan", "no-soft"])
         wrong = unknown[0].strip("-") if unknown else row
         raise ValueError(f"--rows: no '{wrong}' ({names}, or option=value, such as layers=2)")
     if not chosen.transfer_ratio:  # a row without transfer text
@@ -1406,6 +1399,7 @@ def ablation_report(out: Path) -> dict[str, Any]:
             stored = json.loads(file.read_text(encoding="utf-8"))
             about = {"task": stored["task"], "metric": stored["metric"]}
             run = {"row": "teacher", "seed": stored["seed"], **stored["teacher"]}
+            run |= {"seconds": stored["seconds"]["teacher"]}
             if file.parent.parent != out:
                 speeds, seconds = stored["examples_per_second"], stored["seconds"]["student"]
                 run |= {"row": file.parent.name, "retention": stored["retention"]}
@@ -1950,7 +1944,8 @@ def same_flags(out: Path, flags: dict[str, Any], overwrite: bool) -> bool:
 
 def sweep(out: Path) -> None:
     """Deletes what only an unfinished run needs, by its names; all else in the folder stays."""
-    names = ("run.json", "*-[0-9]-????????.state", "cache*-????????-*.f16*", ".*.[0-9]*.part")
+    states = f"*-{8 * '[0-9a-f]'}.state"
+    names = ("run.json", states, "cache*-????????-*.f16*", ".*.[0-9]*.part")
     for pattern in (*names, "*/.*.[0-9]*.part") if not process()[0] else ():
         for path in out.glob(pattern):
             with suppress(OSError):  # a system that keeps mapped files keeps a cache
@@ -2247,7 +2242,7 @@ _COMMANDS: dict[str, tuple[Callable[[DistillConfig], Any], str, str]] = {
     "finetune": (finetune, "the data, the run, training, seed, the machine",
                  "--task RTE --bert google-bert/bert-base-uncased --out runs/RTE"),
     "ablate": (ablate, _DISTIL + "the machine, the ablation",
-               "--rows full,layers=1,lr=1e-4+no-gan --seeds 0,1 --out runs/ablation"),
+               "--rows full,layers=1,lr=1e-4+no-moe --seeds 0,1 --out runs/ablation"),
     "evaluate": (evaluate, "the data, checkpoint, split, json, the machine",
                  "runs/MRPC --task MRPC"),
     "predict": (predict, "the data, out, what to answer, the machine",
@@ -2301,7 +2296,8 @@ def parser(command: str) -> Parser:
         if name in ("checkpoint", "text"):
             group.add_argument(name, **told, nargs="*" if name == "text" else None)
         elif isinstance(default, bool):
-            action = argparse.BooleanOptionalAction if default else "store_true"
+            either = default or heading == "the method"
+            action = argparse.BooleanOptionalAction if either else "store_true"
             group.add_argument(*flags, **told, action=action, default=default)
         else:
             word = {int: "N", float: "X", str: "WORD"}[type(default)]

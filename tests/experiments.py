@@ -1,6 +1,6 @@
 """The experiments behind tests/RESULTS.md: runs them, writes its tables, draws its picture.
 
-python tests/experiments.py run --tasks MRPC,CoLA --seeds 0,1,2 --rows full,soft-only,tinybert
+python tests/experiments.py run --tasks MRPC,CoLA --seeds 0,1,2 --rows full,no-fal,tinybert
     --out runs/experiments --data-dir glue --bert path/to/bert [any option of distil]
 python tests/experiments.py cut --data-dir glue --out runs/cut
 python tests/experiments.py tables
@@ -9,7 +9,7 @@ python tests/experiments.py draw
 `cut` makes GLUE folders to choose in: a tenth of train, at most 2,000 texts, stands in for dev.
 `run` trains `microbert.py ablate`'s rows, and the peers' recipes below, task by task and seed by
 seed. Every finished student is a line of tests/results.jsonl at once and is not run again.
-`tables` (between the two marks of tests/RESULTS.md) and `draw` (tests/results.svg) read that file
+`tables` (between the two marks of tests/RESULTS.md) and `draw` (tests/gates.svg) read that file
 alone.
 """
 
@@ -36,16 +36,12 @@ import glue  # noqa: E402
 import microbert as m  # noqa: E402
 
 RESULTS = HERE / "results.jsonl"
-TASKS = ("SST-2", "MRPC", "STS-B", "CoLA")  # the average is over these
+TASKS = ("MRPC", "STS-B", "CoLA", "SST-2")
 PEERS = ("tinybert", "pkd")
-ABLATED = ("full", "no-moe", "no-fal", "no-gan", "no-soft", "no-transfer", "soft-only",
-           "soft-only+no-transfer", "labels-only")  # fmt: skip
-SIZES = ("layers=1", "layers=2", "full", "layers=4", "layers=5")
 COMPARED = {  # the README's table
-    "teacher": "teacher, 6 layers", "full": "MicroBERT, 3 layers",
-    "soft-only": "soft targets alone, 3", "pkd": "PKD's recipe, 3",
-    "tinybert": "TinyBERT's recipe, 3", "labels-only": "labels alone, 3",
-    "layers=2": "MicroBERT, 2 layers", "layers=4": "MicroBERT, 4 layers",
+    "teacher": "teacher, 12 layers", "full": "MicroBERT, 6 layers", "no-moe": "without experts",
+    "no-fal": "without feature alignment", "gan": "with the discriminator",
+    "no-soft": "without soft targets", "no-transfer": "without transfer text",
 }  # fmt: skip
 START, END = "<!-- tables: python tests/experiments.py tables -->\n\n", "<!-- end -->"
 
@@ -145,18 +141,15 @@ class Pkd:
 
 
 def peer_stages(name, run, cache, encoded, teacher, student, layers):
-    """Objective, texts and passes of a peer's trainings: as many updates as ours in each."""
-    config, ours = run.config, m.student_stages(run, cache, None)
-    labelled, again = encoded.first(len(run.labels)), sum(stage.epochs for stage in ours[1:])
+    """Objective, texts and passes of a peer's trainings, together as many updates as ours."""
+    config, epochs = run.config, m.student_lesson(run, cache, None).epochs
     if name == "pkd":
-        objective = Pkd(cache, config)
-        return [(objective, encoded, ours[0].epochs), (objective, labelled, again)]
+        return [(Pkd(cache, config), encoded, epochs)]
     stages = []
-    for predicting, (rows, passes) in enumerate(two_stages(encoded, ours[0].epochs)):
+    for predicting, (rows, passes) in enumerate(two_stages(encoded, epochs)):
         logits, part = cache.logits[rows].float() if predicting else None, some(encoded, rows)
         stages.append((TinyBert(teacher, student, part, layers, config, logits), part, passes))
-    soft = cache.logits[: len(labelled)].float()
-    return [*stages, (TinyBert(teacher, student, labelled, layers, config, soft), labelled, again)]
+    return stages
 
 
 def train_peers(config, names):
@@ -169,10 +162,8 @@ def train_peers(config, names):
     depth, reached = teacher.config.num_hidden_layers, run.results["teacher"]["score"]
     own = m.start_layers(config, depth, pairs=run.task.pairs)
     aligned = tuple(block[-1] for block in m.layer_map(depth, len(own)))
-    updates = sum(
-        stage.epochs * math.ceil(stage.texts / config.batch_size)
-        for stage in m.student_stages(run, cache, None)
-    )
+    lesson = m.student_lesson(run, cache, None)
+    updates = lesson.epochs * math.ceil(len(lesson.texts) / config.batch_size)
     for name in names:
         keep = aligned if name == "tinybert" else own
         student = m.prune(teacher.cpu(), keep)
@@ -230,11 +221,13 @@ def unseen(config, task, texts, tokenizer, words, count=4000):
 
 
 def apart(config, folder, row):
-    """How far a student is from its teacher, on dev and on `unseen` texts."""
+    """How far a student is from its teacher, on dev and on `unseen` texts; gates, seconds."""
+    stored = json.loads((folder / row / "results.json").read_text(encoding="utf-8"))
+    found = {k: stored[k] for k in ("gates",) if k in stored} | {"phases": stored["seconds"]}
     config, task, train, dev = m.read_task(config)
     source = m.checkpoint_folder(config.bert or config.teacher, "teacher")
     words = m.load_bert(source, ("a", "b")).word_embeddings.weight.detach()
-    tokenizer, found = data.load_tokenizer(folder / "teacher", config.max_length), {}
+    tokenizer = data.load_tokenizer(folder / "teacher", config.max_length)
     models = [m.load_bert(folder / part) for part in (f"{row}/student", "teacher")]
     fresh = unseen(config, task, train.texts, tokenizer, words)
     _, spread = m.score_unit(task, train.labels)
@@ -259,8 +252,12 @@ def results():
 
 def run(tasks, seeds, rows, options):
     """Trains what results.jsonl lacks, all rows of a task and seed in turn."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
-    commit = subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout.strip()
+    commit, changed = (
+        subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True).stdout.strip()
+        for words in (["rev-parse", "--short=7", "HEAD"],
+                      ["status", "--porcelain", "-uno", "--", ":/", f":!/tests/{RESULTS.name}"])
+    )  # fmt: skip
+    commit += "-dirty" * bool(changed)
     ours = [row for row in rows if row not in PEERS]
     for seed in seeds:
         for task in tasks:
@@ -303,169 +300,124 @@ def by_seed(found, row, task, key):
     return {r["seed"]: r[key] for r in found if (r["task"], r["row"]) == (task, row) and key in r}
 
 
-def average(found, row, key="retention"):
-    """100 times the mean over the tasks, {seed: mean}, of the seeds that have all tasks."""
-    kept = [by_seed(found, row, task, key) for task in TASKS]
-    seeds = sorted(set.intersection(*map(set, kept)))
-    return {seed: 100 * statistics.fmean(k[seed] for k in kept) for seed in seeds}
-
-
-def ratio_of_means(found, row):
-    """The mean score in percent of the teacher's mean score, of each seed that has all tasks."""
-    teacher = average(found, "teacher", "score")
-    return [100 * mean / teacher[s] for s, mean in average(found, row, "score").items()]
-
-
-def spread(values, digits):
-    """mean ± sd, in a table's cell."""
-    sd = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{sd}"
-
-
-def shown(values, digits):
+def shown(values, digits, unit=1):
     """mean ± sd (n), in a table's cell."""
-    return f"{spread([*values], digits)} ({len(values)})" if values else "–"
-
-
-def lead(full, own):
-    """full - own over the seeds that both have, in a table's cell: mean ± standard error (n)."""
-    gains = [full[seed] - own[seed] for seed in full if seed in own]
-    if not gains:
+    if not values:
         return "–"
-    error = f" ± {statistics.stdev(gains) / len(gains) ** 0.5:.2f}" if len(gains) > 1 else ""
-    return f"{statistics.fmean(gains):+.2f}{error} ({len(gains)})"
+    own = [unit * value for value in values.values()]
+    sd = f" ± {statistics.stdev(own):.{digits}f}" if len(own) > 1 else ""
+    return f"{statistics.fmean(own):.{digits}f}{sd} ({len(own)})"
+
+
+def apart_by(own, full, digits, unit=1):
+    """own - full over the seeds that both have, in a table's cell: mean ± standard error (n)."""
+    gaps = [unit * (own[seed] - full[seed]) for seed in own if seed in full]
+    if not gaps:
+        return "–"
+    error = f" ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.{digits}f}" if len(gaps) > 1 else ""
+    return f"{statistics.fmean(gaps):+.{digits}f}{error} ({len(gaps)})"
 
 
 def table(title, *rows):
-    """A Markdown table under its title; the first row of cells is its heading."""
+    """A Markdown table under its title; the first row of cells is its heading. Or nothing."""
     lines = [f"| {' | '.join(cells)} |" for cells in rows]
+    if len(lines) < 2:
+        return ""
     lines.insert(1, "|---" * len(rows[0]) + "|")
     return "\n".join([f"### {title}\n", *lines, "\n"])
 
 
-def overview(found, title, key, unit, names, seeds=None):
-    """Tasks, speed and share kept of these rows, over the seeds that have all tasks, or `seeds`."""
-    rows = []
-    for row, name in names.items():
-        wanted = average(found, row, key) if seeds is None else seeds
-        own = [r for r in found if r["row"] == row and r["task"] in TASKS and r["seed"] in wanted]
-        if own:
-            cells = [spread([unit * r[key] for r in own if r["task"] == t], 1) for t in TASKS]
-            speed = statistics.fmean(r.get("speed_up", 1) for r in own)  # the teacher's is 1
-            kept = [mean for seed, mean in average(found, row).items() if seed in wanted]
-            rows.append([name, *cells, f"{speed:.2f}", spread(kept or [100], 1), str(len(wanted))])
-    return table(title, ["", *TASKS, "times as fast", "% kept", "seeds"], *rows)
+def compared(found, tasks):
+    """The README's table: scores, and how far each row is from its teacher."""
+    lines = [["", *tasks, *(f"distance, {task}" for task in tasks)]]
+    for row, name in COMPARED.items():
+        scores = [by_seed(found, row, task, "score") for task in tasks]
+        gaps = [by_seed(found, row, task, "dev_distance") for task in tasks]
+        if any(scores):
+            cells = [*(shown(s, 1) for s in scores), *(shown(g, 3) for g in gaps)]
+            lines.append([name, *cells])
+    return table("Compared", *lines)
 
 
 def every_row(found, title, key, unit, digits, rows, tasks):
     """One number of every row that has it, task by task."""
-    lines, more = [], ["mean of the four", "ratio of means"] * (key == "retention")
+    lines = [["", *tasks]]
     for row in rows:
-        cells = [[unit * n for n in by_seed(found, row, t, key).values()] for t in tasks]
-        means = [average(found, row).values(), ratio_of_means(found, row)] if more else []
-        if any(cells):
-            lines.append([row, *(shown(c, digits) for c in cells), *(shown(c, 2) for c in means)])
-    return table(title, ["", *tasks, *more], *lines)
+        cells = [shown(by_seed(found, row, task, key), digits, unit) for task in tasks]
+        if {*cells} != {"–"}:
+            lines.append([row, *cells])
+    return table(title, *lines)
 
 
-def leads(found, title, rows, tasks):
-    """How far full is ahead of each row, in points of score and of the mean percentage kept."""
-    lines = [["", *tasks, "% kept, mean of the four"]]
-    for row in rows:
-        pairs = [[by_seed(found, r, t, "score") for r in ("full", row)] for t in tasks]
-        pairs.append([average(found, r) for r in ("full", row)])
-        lines.append([row, *(lead(*pair) for pair in pairs)])
+def differences(found, title, key, unit, digits, rows, tasks):
+    """How far each row is above full, seed by seed, task by task."""
+    lines = [["", *tasks]]
+    for row in (row for row in rows if row not in ("teacher", "full")):
+        pairs = [[by_seed(found, r, task, key) for r in (row, "full")] for task in tasks]
+        lines.append([row, *(apart_by(*pair, digits, unit) for pair in pairs)])
     return table(title, *lines)
 
 
 def tables():
     """Writes the tables of tests/RESULTS.md anew, between its two marks."""
     found, file = results(), HERE / "RESULTS.md"
-    had = dict.fromkeys(r["row"] for r in found)
-    rows = [r for r in dict.fromkeys(["teacher", *ABLATED, *PEERS, *SIZES, *had]) if r in had]
-    tasks = list(dict.fromkeys([*TASKS, *(r["task"] for r in found)]))
-    sizes = {r: r.replace("full", "layers=3") for r in SIZES if average(found, r)}
-    common = set.intersection(*(set(average(found, r)) for r in sizes)) if sizes else ()
-    made = [
-        overview(found, "Compared", "score", 1, COMPARED),
-        overview(found, "Sizes, % of the teacher's score", "retention", 100, sizes, common),
-        leads(found, "Full's lead", [r for r in rows if r not in ("teacher", "full")], tasks),
+    had = {r["row"]: r for r in found}
+    rows = [row for row in dict.fromkeys([*COMPARED, *PEERS, *had]) if row in had]
+    tasks = [task for task in TASKS if any(r["task"] == task for r in found)]
+    made = [compared(found, tasks)]
+    for kind, title in (("dev", "on dev"), ("unseen", "on unseen transfer text")):
+        key = f"{kind}_distance"
+        made.append(differences(found, f"Distance {title}, minus full's", key, 1, 4, rows, tasks))
+        made.append(every_row(found, f"Distance {title}", key, 1, 3, rows, tasks))
+        key = f"{kind}_agreement"
+        made.append(every_row(found, f"Agreement {title}, %", key, 1, 1, rows, tasks))
+    made += [
+        differences(found, "Score, minus full's", "score", 1, 2, rows, tasks),
         every_row(found, "Score", "score", 1, 2, rows, tasks),
         every_row(found, "% of the teacher's score", "retention", 100, 1, rows, tasks),
-        every_row(found, "Distance", "distance", 1, 3, rows, tasks),
-        every_row(found, "Minutes", "seconds", 1 / 60, 1, rows, tasks),
+        every_row(found, "Minutes of training", "seconds", 1 / 60, 1, rows, tasks),
     ]
     before, rest = file.read_text(encoding="utf-8").split(START)
     file.write_text(before + START + "".join(made) + END + rest.split(END)[1], encoding="utf-8")
 
 
-def curves(found):
-    """{name: [(speed-up, [percent kept by each seed]), ...]} of what the picture shows.
-
-    A curve of several sizes is of the seeds that all its points have, its speed-ups of all runs.
-    """
-    sizes = [row for row in SIZES if average(found, row)]
-    rows = {"MicroBERT's sizes": sizes} if len(sizes) > 1 else {}
-    rows |= {"MicroBERT": ["full"], "soft targets only": ["soft-only"]}
-    rows |= {"labels only": ["labels-only"], "PKD's recipe": ["pkd"]}
-    rows |= {"TinyBERT's recipe": ["tinybert"]}
-    lines = {}
-    for name, own in rows.items():
-        kept = {row: average(found, row) for row in own}
-        if seeds := set.intersection(*map(set, kept.values())):
-            speeds = [[r["speed_up"] for r in found if r["row"] == row] for row in own]
-            values = [[kept[row][seed] for seed in sorted(seeds)] for row in own]
-            lines[f"{name} (n {len(seeds)})"] = sorted(zip(map(statistics.fmean, speeds), values))
-    return lines
-
-
 def draw():
-    """tests/results.svg: what students of 1 to 5 layers keep, against how much faster they are."""
-    points = curves(results())
-    speeds = [x for line in points.values() for x, _ in line]
-    kept = [statistics.fmean(y) for line in points.values() for _, y in line]
-    left, right = min(1.0, *speeds), max(speeds) * 1.05
-    low, high = math.floor(min(kept)) - 1, math.ceil(max(*kept, 101.14)) + 1
-
-    def place(x, y):
-        along = math.log(x / left) / math.log(right / left)
-        return 60 + 480 * along, 20 + 280 * (high - y) / (high - low)
-
+    """tests/gates.svg: how much each view of each teacher layer weighs for a student's layers."""
+    found = [r for r in results() if r["row"] == "full" and "gates" in r]
+    tasks = [task for task in TASKS if any(r["task"] == task for r in found)]
+    means = {t: np.mean([r["gates"] for r in found if r["task"] == t], axis=0) for t in tasks}
+    layers, views = next(iter(means.values())).shape
+    width, height = 40 + len(tasks) * (36 * views + 24), 84 + 22 * layers
     parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 350" font-family="sans-serif" '
-        'font-size="12">',
-        '<rect width="720" height="350" fill="white"/>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        'font-family="sans-serif" font-size="11" text-anchor="middle">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        f'<text x="14" y="{height / 2}" transform="rotate(-90 14 {height / 2})">'
+        "student's layer</text>",
     ]
-    for y in range(low, high + 1, max(1, (high - low) // 8)):
-        _, at = place(left, y)
-        parts.append(f'<path d="M60 {at:.1f}H540" stroke="#ddd"/>')
-        parts.append(f'<text x="52" y="{at + 4:.1f}" text-anchor="end">{y} %</text>')
-    for x in (x for x in (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8) if left <= x <= right):
-        at, _ = place(x, low)
-        parts.append(f'<text x="{at:.1f}" y="318" text-anchor="middle">{x:g}</text>')
-    _, at = place(left, 101.14)
-    parts.append(f'<path d="M60 {at:.1f}H540" stroke="#888" stroke-dasharray="4 3"/>')
-    parts.append(f'<text x="546" y="{at + 4:.1f}" fill="#666">paper: 101.14 %</text>')
-    colours = ("#1b6ca8", "#16a085", "#c0392b", "#7f8c8d", "#d68910", "#6c3483")
-    for i, ((name, line), colour) in enumerate(zip(points.items(), colours)):
-        aside = 11 * i if len(line) == 1 else 0  # all at the same speed, yet to be told apart
-        places = [(place(x, statistics.fmean(y)), y) for x, y in line]
-        middle = [(across + aside, down, y) for (across, down), y in places]
-        way = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in middle)
-        parts.append(f'<polyline points="{way}" fill="none" stroke="{colour}"/>')
-        for x, y, values in middle:
-            sd = statistics.stdev(values) if len(values) > 1 else 0
-            half = 280 * sd / (high - low)
-            parts.append(f'<path d="M{x:.1f} {y - half:.1f}V{y + half:.1f}" stroke="{colour}"/>')
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
-        parts.append(f'<circle cx="556" cy="{200 + 20 * i}" r="4" fill="{colour}"/>')
-        parts.append(f'<text x="566" y="{204 + 20 * i}">{name}</text>')
-    parts.append(
-        '<text x="300" y="340" text-anchor="middle">times as fast as the teacher '
-        "(half depth: one speed, set side by side)</text>"
-    )
-    parts.append('<text x="60" y="13">score kept, mean of four tasks (bars: sd over seeds)</text>')
-    (HERE / "results.svg").write_text("\n".join([*parts, "</svg>\n"]), encoding="utf-8")
+    for place, (task, gates) in enumerate(means.items()):
+        left = 40 + place * (36 * views + 24)
+        parts.append(f'<text x="{left + 18 * views}" y="16" font-size="13">{task}</text>')
+        for k, row in enumerate(gates):
+            down = 24 + 22 * (layers - 1 - k)
+            parts.append(f'<text x="{left - 8}" y="{down + 15}">{k + 1}</text>')
+            for e, weight in enumerate(row):
+                shade = round(255 * (1 - min(weight * 2, 1)))
+                ink = "white" if weight > 0.25 else "#333"
+                parts.append(f'<rect x="{left + 36 * e}" y="{down}" width="35" height="21" '
+                             f'fill="rgb({shade},{shade},255)"/>')  # fmt: skip
+                parts.append(f'<text x="{left + 36 * e + 17}" y="{down + 15}" '
+                             f'fill="{ink}">{weight:.2f}</text>')  # fmt: skip
+        for e in range(views):
+            at = left + 36 * e + 17
+            parts.append(f'<text x="{at}" y="{height - 44}">{("cls", "max", "mean")[e % 3]}</text>')
+        for block in range(views // 3):
+            at = left + 108 * block + 54
+            what = "its block's last layer" if 3 * block + 3 == views else f"layer {block + 1}"
+            parts.append(f'<text x="{at}" y="{height - 28}" fill="#666">{what}</text>')
+    told = "weight of each view of the teacher's layers in the gate (mean over seeds)"
+    parts.append(f'<text x="{width / 2}" y="{height - 8}">{told}</text>')
+    (HERE / "gates.svg").write_text("\n".join([*parts, "</svg>\n"]), encoding="utf-8")
 
 
 def main(argv):
@@ -487,7 +439,7 @@ def main(argv):
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         parser.add_argument("--tasks", default=",".join(TASKS))
         parser.add_argument("--seeds", default="0,1,2")
-        parser.add_argument("--rows", default=",".join([*ABLATED, *PEERS]))
+        parser.add_argument("--rows", default=",".join([*COMPARED][1:]))
         asked, rest = parser.parse_known_args(rest)
         seeds = [int(seed) for seed in asked.seeds.split(",")]
         run(asked.tasks.split(","), seeds, re.split(r"[\s,]+(?=[a-z])", asked.rows), rest)

@@ -113,9 +113,9 @@ def test_words_that_do_not_occur_cost_and_change_nothing(monkeypatch, tmp_path, 
         microbert, "in_parallel", lambda m: rows.append(len(m.word_embeddings.weight)) or m
     )
     for name in ("small", "large"):
-        stage = microbert.Stage(50, microbert.of_labels(labels, 2, config), 3, 1e-2)
+        lesson = microbert.Lesson(encoded, microbert.of_labels(labels, 2, config), 3, 1e-2)
         run = run_of(tmp_path, config, encoded, labels)
-        ends.append(microbert.fit(run, name, model, encoded, [stage], 0).state_dict())
+        ends.append(microbert.fit(run, name, model, lesson, 0).state_dict())
         monkeypatch.setattr(microbert, "only_seen_words", lambda _, some: nullcontext(some))
     occur = np.unique(encoded.ids)
     others = [i for i in range(TINY.vocab_size) if i not in occur]
@@ -344,14 +344,14 @@ def test_how_much_is_chosen(files, monkeypatch):  # noqa: F811
     config = DistillConfig(data_dir=str(files), device="cpu")
     for known in (40, 30_000, 200_000):
         microbert.gather_transfer(config, glue.TASKS["SST-2"], ["a"] * known, {})
-    assert counts == [160, 70_000, 0]
+    assert counts == [280, 70_000, 0]
     assert [settle(replace(config, task="CoLA", limit=n)).teacher_epochs for n in (0, 9)] == [5, 0]
     for epochs, passes in ((7, 7), (0, 2)):
         config = replace(config, soft=False, fal=False, gan=False, epochs=epochs, teacher_epochs=2)
         run = run_of(files, config, texts(9), torch.zeros(9))
         cache = microbert.TeacherCache(torch.zeros(0), torch.zeros(9, 2), torch.zeros(12))
-        ((count, _, trained, _),) = microbert.student_stages(run, cache, None)
-        assert (count, trained) == (9, passes)
+        own, _, trained, _ = microbert.student_lesson(run, cache, None)
+        assert (len(own), trained) == (9, passes)
 
 
 def test_the_built_in_tasks_bert_is_of_no_seed(monkeypatch, tmp_path):

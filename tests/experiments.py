@@ -8,7 +8,8 @@ python tests/experiments.py draw
 
 `cut` makes GLUE folders to choose in: a tenth of train, at most 2,000 texts, stands in for dev.
 `run` trains `microbert.py ablate`'s rows, and the peers' recipes below, task by task and seed by
-seed. Every finished student is a line of tests/results.jsonl at once and is not run again.
+seed. A finished row is kept in OUT/TASK/seed-S/ROW at once and not run again; a seed's rows become
+lines of tests/results.jsonl together. Seeds may run side by side.
 `tables` (between the two marks of tests/RESULTS.md) and `draw` (tests/gates.svg) read that file
 alone.
 """
@@ -213,7 +214,11 @@ def cut(data_dir, out):
 
 
 def unseen(config, task, texts, tokenizer, words, count=4000):
-    """Transfer texts of another seed that a run of this config has not learnt from."""
+    """Transfer texts of another seed that a run of this config has not learnt from.
+
+    A row that has no transfer text is asked about the same ones as `full`.
+    """
+    config = replace(config, soft=True, transfer_ratio=config.transfer_ratio or -1.0)
     near, ratio = data.near_words(tokenizer, words, texts), 2 * count / len(texts)
     other = replace(config, seed=config.seed + 10**6, transfer="", transfer_ratio=ratio)
     drawn, learnt = (m.gather_transfer(c, task, texts, near) for c in (other, config))
@@ -280,8 +285,9 @@ def run(tasks, seeds, rows, options):
                             file.write(json.dumps(line) + "\n")
 
             known = {r["row"] for r in results() if (r["task"], r["seed"]) == (task, seed)}
-            for row in (row for row in ours if row not in known):
-                note(m.ablate(replace(config, out=str(out), rows=row))["runs"])
+            if new := [row for row in ours if row not in known]:
+                found = m.ablate(replace(config, out=str(out), rows=" ".join(new)))["runs"]
+                note(result for result in found if result["seed"] == seed)
             if left := [row for row in rows if row not in (*ours, *known)]:
                 given = config.teacher.replace("{seed}", str(seed))
                 asked = replace(

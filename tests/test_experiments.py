@@ -251,6 +251,8 @@ def test_texts_that_no_student_has_seen(files):  # noqa: F811
     assert len({*found}) == 30
     assert not {*found} & {*train, *gather_transfer(config, task, train, near)}
     assert found == experiments.unseen(config, task, train, tokenizer, words, count=30)
+    bare = experiments.m.row_config(config, "labels-only+no-transfer")
+    assert found == experiments.unseen(bare, task, train, tokenizer, words, count=30)
 
 
 def test_the_page_of_results_is_made_from_them(root, tmp_path, monkeypatch, capsys):

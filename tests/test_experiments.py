@@ -219,6 +219,27 @@ def test_runs_are_written_at_once_and_not_repeated(files, tmp_path, monkeypatch,
     assert f"{sum(both) / 2:.2f}" == said[first + 1]
 
 
+def test_the_rows_of_a_seed_run_together(tmp_path, monkeypatch):
+    """Catches a teacher's pass for each row, rows run again, and another process's seed noted."""
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results.jsonl")
+    known = {"task": "RTE", "row": "no-fal", "seed": 1}
+    (tmp_path / "results.jsonl").write_text(json.dumps(known) + "\n")
+    asked = []
+
+    def ablate(config):
+        asked.append(config.rows)
+        rows = ("teacher", *config.rows.split())
+        return {"runs": [{"row": row, "seed": seed} for seed in (0, 1) for row in rows]}
+
+    monkeypatch.setattr(experiments.m, "ablate", ablate)
+    monkeypatch.setattr(experiments, "apart", lambda config, folder, row: {"from": folder.name})
+    experiments.run(["RTE"], [1], ["full", "no-fal", "gan"], ["--bert", "x", "--out", "o"])
+    assert asked == ["full gan"]
+    first, *new = experiments.results()
+    assert first == known and [(r["row"], r["seed"], r.get("from")) for r in new] == [
+        ("teacher", 1, None), ("full", 1, "seed-1"), ("gan", 1, "seed-1")]  # fmt: skip
+
+
 def test_texts_to_choose_on(files, tmp_path, capsys):  # noqa: F811
     """Catches a sentence on both sides of the cut, rows lost for nothing, the real dev in it."""
     path = files / "RTE/train.tsv"  # each sentence in two pairs

@@ -393,7 +393,7 @@ def draw():
     tasks = [task for task in TASKS if any(r["task"] == task for r in found)]
     means = {t: np.mean([r["gates"] for r in found if r["task"] == t], axis=0) for t in tasks}
     layers, views = next(iter(means.values())).shape
-    width, height = 40 + len(tasks) * (36 * views + 24), 84 + 22 * layers
+    width, height = max(440, 40 + len(tasks) * (36 * views + 24)), 84 + 22 * layers
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         'font-family="sans-serif" font-size="11" text-anchor="middle">',

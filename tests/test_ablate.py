@@ -81,7 +81,7 @@ def test_every_row_of_the_default_is_known():
     for row, on in (("no-moe", False), ("no-fal", False), ("gan", True), ("no-soft", False)):
         found = row_config(DistillConfig(), row)
         assert found == DistillConfig(**{row.removeprefix("no-"): on}) and row in rows
-    assert not row_config(DistillConfig(gan=True), "no-gan").gan
+    assert not row_config(DistillConfig(gan=True), "no-gan").gan and not DistillConfig().gan
     assert all(row_config(DistillConfig(), row) for row in rows)
 
 
@@ -107,6 +107,7 @@ def test_the_table_and_the_runs(files, capsys):  # noqa: F811
             assert [r["retention"] for r in own] == pytest.approx(kept)
     layers = {line["row"]: line["layers"] for line in found["runs"]}
     assert layers == {"teacher": 4, "full": 2, names[1]: 1, "labels-only": 2, names[3]: 2}
+    assert all(run["seconds"] > 0 for run in found["runs"])  # the teachers' fine-tuning, too
     away = [r["distance"] for r in found["runs"] if r["row"] != "teacher"]
     assert all(0 < distance < 9 for distance in away), away
     updates = {line["row"]: line["updates"] for line in found["runs"] if line["row"] != "teacher"}

@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -225,22 +226,36 @@ def unseen(config, task, texts, tokenizer, words, count=4000):
     return random.Random(0).sample(sorted({*drawn} - {*learnt}, key=str), count)
 
 
-def apart(config, folder, row):
-    """How far a student is from its teacher, on dev and on `unseen` texts; gates, seconds."""
-    stored = json.loads((folder / row / "results.json").read_text(encoding="utf-8"))
-    found = {k: stored[k] for k in ("gates",) if k in stored} | {"phases": stored["seconds"]}
+@cache
+def questions(config, folder):
+    """Settled config, unit of the scores; tokens and teacher's logits of dev and `unseen` texts.
+
+    Once for all rows of a seed that have the same transfer text.
+    """
     config, task, train, dev = m.read_task(config)
     source = m.checkpoint_folder(config.bert or config.teacher, "teacher")
     words = m.load_bert(source, ("a", "b")).word_embeddings.weight.detach()
     tokenizer = data.load_tokenizer(folder / "teacher", config.max_length)
-    models = [m.load_bert(folder / part) for part in (f"{row}/student", "teacher")]
+    teacher = m.load_bert(folder / "teacher")
     fresh = unseen(config, task, train.texts, tokenizer, words)
-    _, spread = m.score_unit(task, train.labels)
-    for split, texts in (("dev", dev.texts), ("unseen", fresh)):
-        encoded = data.encode(tokenizer, texts)
-        own, wanted = (m.predict_logits(x, encoded, config).double() / spread for x in models)
+    asked = {"dev": data.encode(tokenizer, dev.texts), "unseen": data.encode(tokenizer, fresh)}
+    told = {split: (e, m.predict_logits(teacher, e, config)) for split, e in asked.items()}
+    return config, m.score_unit(task, train.labels)[1], told
+
+
+def apart(config, folder, row):
+    """How far a student is from its teacher, on dev and on `unseen` texts; gates, seconds."""
+    stored = json.loads((folder / row / "results.json").read_text(encoding="utf-8"))
+    found = {"phases": stored["seconds"]}
+    if "gates" in stored:
+        found["gates"] = stored["gates"]
+    config, spread, told = questions(config, folder)
+    student = m.load_bert(folder / f"{row}/student")
+    for split, (encoded, answers) in told.items():
+        own = m.predict_logits(student, encoded, config).double() / spread
+        wanted = answers.double() / spread
         found[f"{split}_distance"] = m.soft_loss(own, wanted).item()
-        if len(task.labels):
+        if own.shape[1] > 1:
             same = own.argmax(1) == wanted.argmax(1)
             found[f"{split}_agreement"] = 100 * same.float().mean().item()
     return found
@@ -277,8 +292,11 @@ def run(tasks, seeds, rows, options):
                     if (task, result["seed"], result["row"]) not in known:
                         if result["row"] not in ("teacher", *PEERS):
                             teacher = config.teacher.replace("{seed}", str(seed))
-                            asked = m.row_config(replace(config, teacher=teacher), result["row"])
-                            asked = replace(asked, seed=seed)
+                            asked = replace(config, teacher=teacher, seed=seed)
+                            row = m.row_config(asked, result["row"])
+                            asked = replace(
+                                asked, transfer=row.transfer, transfer_ratio=row.transfer_ratio
+                            )  # all of a row that its text depends on
                             result |= apart(asked, out / f"seed-{seed}", result["row"])
                         line = {"task": task, **result, "options": kept, "commit": commit}
                         with RESULTS.open("a", encoding="utf-8") as file:
@@ -367,7 +385,7 @@ def differences(found, title, key, unit, digits, rows, tasks):
 def tables():
     """Writes the tables of tests/RESULTS.md anew, between its two marks."""
     found, file = results(), HERE / "RESULTS.md"
-    had = {r["row"]: r for r in found}
+    had = dict.fromkeys(r["row"] for r in found)
     rows = [row for row in dict.fromkeys([*COMPARED, *PEERS, *had]) if row in had]
     tasks = [task for task in TASKS if any(r["task"] == task for r in found)]
     made = [compared(found, tasks)]
@@ -390,6 +408,8 @@ def tables():
 def draw():
     """tests/gates.svg: how much each view of each teacher layer weighs for a student's layers."""
     found = [r for r in results() if r["row"] == "full" and "gates" in r]
+    if not found:
+        raise ValueError(f"{RESULTS}: no run of the row `full` to draw, see `run`")
     tasks = [task for task in TASKS if any(r["task"] == task for r in found)]
     means = {t: np.mean([r["gates"] for r in found if r["task"] == t], axis=0) for t in tasks}
     layers, views = next(iter(means.values())).shape
@@ -426,33 +446,38 @@ def draw():
     (HERE / "gates.svg").write_text("\n".join([*parts, "</svg>\n"]), encoding="utf-8")
 
 
-def main(argv):
-    command, *rest = argv or [""]
+def act(command, words):
+    """Runs a command; returns the exit code."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     if command == "cut":
-        parser = argparse.ArgumentParser(allow_abbrev=False)
         parser.add_argument("--data-dir", type=Path, default=Path("glue"))
         parser.add_argument("--out", type=Path, required=True)
-        try:
-            cut(**vars(parser.parse_args(rest)))
-        except (OSError, ValueError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+        cut(**vars(parser.parse_args(words)))
     elif command == "tables":
         tables()
     elif command == "draw":
         draw()
     elif command == "run":
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         parser.add_argument("--tasks", default=",".join(TASKS))
         parser.add_argument("--seeds", default="0,1,2")
         parser.add_argument("--rows", default=",".join([*COMPARED][1:]))
-        asked, rest = parser.parse_known_args(rest)
+        asked, rest = parser.parse_known_args(words)
         seeds = [int(seed) for seed in asked.seeds.split(",")]
         run(asked.tasks.split(","), seeds, re.split(r"[\s,]+(?=[a-z])", asked.rows), rest)
     else:
         print(__doc__, file=sys.stderr)
         return 2
     return 0
+
+
+def main(argv):
+    """The same; what is wrong with files or options is one line on stderr and exit code 2."""
+    command, *words = argv or [""]
+    try:
+        return act(command, words)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

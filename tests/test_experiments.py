@@ -219,7 +219,7 @@ def test_runs_are_written_at_once_and_not_repeated(files, tmp_path, monkeypatch,
     assert f"{sum(both) / 2:.2f}" == said[first + 1]
 
 
-def test_the_rows_of_a_seed_run_together(tmp_path, monkeypatch):
+def test_the_rows_of_a_seed_run_together(tmp_path, monkeypatch, capsys):
     """Catches a teacher's pass for each row, rows run again, and another process's seed noted."""
     monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results.jsonl")
     known = {"task": "RTE", "row": "no-fal", "seed": 1}
@@ -235,6 +235,7 @@ def test_the_rows_of_a_seed_run_together(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "apart", lambda config, folder, row: {"from": folder.name})
     experiments.run(["RTE"], [1], ["full", "no-fal", "gan"], ["--bert", "x", "--out", "o"])
     assert asked == ["full gan"]
+    assert experiments.main(["draw"]) == 2 and "`full`" in capsys.readouterr().err
     first, *new = experiments.results()
     assert first == known and [(r["row"], r["seed"], r.get("from")) for r in new] == [
         ("teacher", 1, None), ("full", 1, "seed-1"), ("gan", 1, "seed-1")]  # fmt: skip
@@ -249,6 +250,8 @@ def test_texts_to_choose_on(files, tmp_path, capsys):  # noqa: F811
     assert experiments.main(["cut", "--data-dir", str(files), "--out", str(tmp_path / "cut")]) == 0
     assert experiments.main(["cut", "--data-dir", "nowhere", "--out", str(tmp_path / "no")]) == 2
     assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "no").exists()
+    assert experiments.main(["run", "--tasks", "RTE", "--rows", "soft-only", "--bert", "x"]) == 2
+    assert capsys.readouterr().err.startswith("error: --rows: no 'soft-only' (full, ")
     for task, pairs in (("SST-2", False), ("RTE", True)):
         parts = [glue.read(task, tmp_path / "cut", split) for split in ("train", "dev")]
         said = [{*data.sentences_of(part.texts)} for part in parts]

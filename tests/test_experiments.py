@@ -152,6 +152,8 @@ def test_runs_are_written_at_once_and_not_repeated(files, tmp_path, monkeypatch,
     assert {("Pkd", 60, 2), ("TinyBert", 60, 1)} < trained
     found = experiments.results()
     rows = ["full", "pkd", "teacher", "tinybert"]
+    scored = next(r for r in found if (r["task"], r["row"], r["seed"]) == ("STS-B", "full", 0))
+    assert scored["dev_distance"] == pytest.approx(scored["distance"], rel=0.05)  # in the unit
     for task in ("SST-2", "STS-B"):
         for seed in (0, 1):
             own = [r for r in found if (r["task"], r["seed"]) == (task, seed)]

@@ -130,7 +130,7 @@ def test_runs_are_written_at_once_and_not_repeated(files, tmp_path, monkeypatch,
     monkeypatch.setattr(experiments.m, "train", check_targets)
     options = ["--bert", files / "bert", "--data-dir", files, "--force", *QUICK]
     options = [str(word) for word in options if word != "--no-baseline"]
-    options += ["--lr", "1e-3"]
+    options += ["--lr", "1e-3", "--precision", "fp32"]
     options[options.index("--epochs") + 1] = "2"
     made = ["run", "--tasks", "SST-2,STS-B", "--out", str(tmp_path / "runs"), *options]
     assert experiments.main([*made, "--seeds", "0", "--rows", "full"]) == 0

@@ -549,7 +549,7 @@ class DistillConfig:
     soft: bool = opt(True, "soft targets")
     temperature: float = opt(2.0, "tau of the soft targets", 1e-3, 1000)
     soft_weight: float = opt(0.9, "weight a of the soft targets; the labels have 1 - a", 0, 1)
-    alignment_weight: float = opt(1.3, "weight b of the feature alignment loss")
+    alignment_weight: float = opt(5.0, "weight b of the feature alignment loss, at the start")
     adversarial_weight: float = opt(0.05, "weight c of the adversarial loss, once ramped up")
     expert_size: int = opt(128, "width P of an expert's projection", 1, 2**16)
     transfer: str = opt("", "file of unlabelled texts to distil on too, one (or a pair) a line")
@@ -622,6 +622,7 @@ class TeacherCache(NamedTuple):
 class Distillation:
     """loss = a soft + (1 - a) hard + b FAL + c adversarial: the weighted terms of one step.
 
+    b falls to 0 by half of the training, c rises until then, OURS(8): first features, then answers.
     Holds the frozen experts and the discriminator, which it trains on every batch it is given. The
     student has K layers, the m-th matched with t(m). `stateful` is what a killed run keeps of it.
     """
@@ -657,16 +658,19 @@ class Distillation:
         terms = {"hard": (1 - self.soft_weight) * hard_loss(logits, labels, self.offset)}
         if config.soft:
             terms["soft"] = self.soft_weight * soft_loss(logits, target, config.temperature)
-        if not (config.fal or config.gan):
+        aligned = 0.0
+        if config.fal:
+            aligned = config.alignment_weight * (1 - min(2 * progress, 1)) ** 2
+            terms["align"] = logits.new_zeros(())
+        if not (aligned or config.gan):
             return terms
         student = sentence_features(output.hidden_states[1:], attention_mask)  # (B, K, 3, H)
         teacher = ship(self.cache.features[rows], device).float()  # (B, K, E, H)
         gate, fused = None, (student.mean(2), teacher[:, :, -3:].mean(2))  # (B, K, H) each
         if self.experts and self.mapping:
             gate, fused = self.experts.gate(), (self.mapping(student), self.experts(teacher))
-        if config.fal:
-            weight = config.alignment_weight
-            terms["align"] = weight * alignment_loss(student, teacher, gate, fused)
+        if aligned:
+            terms["align"] = aligned * alignment_loss(student, teacher, gate, fused)
         if config.gan:
             fake, real = (model_outputs(z[:, -1], answer, config.temperature)
                           for z, answer in zip(fused, (logits, target)))  # fmt: skip
@@ -678,7 +682,7 @@ class Distillation:
         self.optimizer.zero_grad()
         (discriminator_loss(self.in_parallel, real, fake) * share(fake)).backward()
         self.optimizer.step()
-        ramp = min(max((progress - 0.1) / 0.4, 0.0), 1.0)  # OURS(8): 0 for a tenth, full at half
+        ramp = min(max((progress - 0.1) / 0.4, 0.0), 1.0)  # 0 for a tenth, full at half
         weight = self.config.adversarial_weight * ramp
         return weight * adversarial_loss(self.discriminator, fake)
 

@@ -252,16 +252,13 @@ def layer_map(teacher_layers: int, student_layers: int) -> tuple[tuple[int, ...]
     return tuple(tuple(range(top - tops[0] + 1, top + 1)) for top in tops)
 
 
-def kept_layers(
-    teacher_layers: int, student_layers: int, *, pairs: bool = False
-) -> tuple[int, ...]:
-    """The teacher's layers that M student layers start as, OURS(1).
+def kept_layers(teacher_layers: int, student_layers: int) -> tuple[int, ...]:
+    """The teacher's layers that M student layers start as, OURS(1): the lowest M - 1 and its last.
 
-    Its lowest M - 1 and its last; for sentence pairs, which its middle layers compare, the evenly
-    spaced ones of `layer_map`. Raises ValueError unless 1 <= M <= L.
+    Raises ValueError unless 1 <= M <= L.
     """
-    evenly = tuple(block[-1] for block in layer_map(teacher_layers, student_layers))
-    return evenly if pairs else (*range(1, student_layers), teacher_layers)
+    layer_map(teacher_layers, student_layers)  # raises it
+    return *range(1, student_layers), teacher_layers
 
 
 def prune(teacher: Bert, keep: Sequence[int]) -> Bert:
@@ -866,7 +863,7 @@ def distill(config: DistillConfig, *, shared: Path | None = None) -> dict[str, A
             experts = make_experts(cache, config)
             gates = experts.gate().tolist()  # (K, E)
             results["gates"] = [[round(weight, 4) for weight in row] for row in gates]
-    keep = start_layers(config, teacher.config.num_hidden_layers, pairs=run.task.pairs)
+    keep = start_layers(config, teacher.config.num_hidden_layers)
     with log.timed("pruned", f"the teacher's layers {', '.join(map(str, keep))}, as they are"):
         pruned = prune(teacher.cpu(), keep)
         set_dropout(pruned, 0.0)  # it has no capacity to spare
@@ -1016,13 +1013,10 @@ def toy(config: DistillConfig, folder: Path) -> DistillConfig:
     return replace(config, task=str(folder), data_dir=str(folder), bert=given, transfer=transfer)
 
 
-def start_layers(
-    config: DistillConfig, teacher_layers: int, *, pairs: bool = False
-) -> tuple[int, ...]:
+def start_layers(config: DistillConfig, teacher_layers: int) -> tuple[int, ...]:
     """The teacher's layers that the student of this config keeps, from 1; ValueError as `prune`."""
     if not config.keep_layers:
-        count = config.layers or max(1, teacher_layers // 2)
-        return kept_layers(teacher_layers, count, pairs=pairs)
+        return kept_layers(teacher_layers, config.layers or max(1, teacher_layers // 2))
     keep = [int(word) if word.isdecimal() else 0 for word in config.keep_layers.split(",")]
     if keep != sorted({*keep} & {*range(1, teacher_layers + 1)}):
         expected = f"rising numbers, 1 to {teacher_layers}, such as 2,4,6"

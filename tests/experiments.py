@@ -162,7 +162,7 @@ def train_peers(config, names):
         wanted = m.score(run, "teacher", teacher)
         (cache, _), encoded = m.ask(run, teacher), run.encoded
     depth, reached = teacher.config.num_hidden_layers, run.results["teacher"]["score"]
-    own = m.start_layers(config, depth, pairs=run.task.pairs)
+    own = m.start_layers(config, depth)
     aligned = tuple(block[-1] for block in m.layer_map(depth, len(own)))
     lesson = m.student_lesson(run, cache, None)
     updates = lesson.epochs * math.ceil(len(lesson.texts) / config.batch_size)

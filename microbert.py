@@ -657,7 +657,7 @@ class Distillation:
             terms["soft"] = self.soft_weight * soft_loss(logits, target, config.temperature)
         aligned = 0.0
         if config.fal:
-            aligned = config.alignment_weight * (1 - min(2 * progress, 1)) ** 2
+            aligned = config.alignment_weight * max(1 - 2 * progress, 0.0) ** 2
             terms["align"] = logits.new_zeros(())
         if not (aligned or config.gan):
             return terms

@@ -14,6 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
+def later(*values):
+    """Values of a parametrised test that only SLOW=1 runs."""
+    return pytest.param(*values, marks=slow)
+
+
 @pytest.fixture(scope="session")
 def root():
     """The repository."""

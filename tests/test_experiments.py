@@ -8,6 +8,7 @@ import experiments
 import numpy as np
 import pytest
 import torch
+from conftest import slow
 from test_run import QUICK, few_steps, files, shape  # noqa: F401
 
 import data
@@ -112,6 +113,7 @@ def cells_of(page, title):
     return {(c := line[2:-2].split(" | "))[0]: c[1:] for line in lines[2:]}
 
 
+@slow
 def test_runs_are_written_at_once_and_not_repeated(files, tmp_path, monkeypatch, capsys):  # noqa: F811
     """Catches a student lost or trained twice, peers of other texts or updates, tables that lie."""
     monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results.jsonl")

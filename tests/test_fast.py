@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import slow
+from conftest import later, slow
 from test_method import TINY as DROPPING
 from test_method import Quiet, run_of, texts
 from test_run import distil, files, shape  # noqa: F401
@@ -308,7 +308,7 @@ def test_the_benchmark_trains(files, monkeypatch, root):  # noqa: F811
     assert all(0 < row["share"] < 9 for row in found)
 
 
-@pytest.mark.parametrize("task, labels", [("SST-2", ("0", "1")), ("STS-B", ("score",))])
+@pytest.mark.parametrize("task, labels", [later("SST-2", ("0", "1")), ("STS-B", ("score",))])
 def test_what_a_run_hands_on(files, monkeypatch, task, labels):  # noqa: F811
     """Catches features of other layers, dropout in the student, a distance by another measure."""
     passes, rates = [], set()

@@ -14,6 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import later
 
 import data
 import glue
@@ -705,9 +706,11 @@ assert len(called) == 4 and not torch.equal(before, model.pooler.weight)
 assert not {"data", "glue", "microbert"} & {*sys.modules}
 """
 LAYOUTS = [  # a folder, files copied into it, its packages' __init__.py; nothing else is there
-    (".", ["microbert"], []), ("theirproject/microbert", ["microbert"], ["theirproject"]),
-    *[("theirproject/microbert", ["microbert", "data", "glue"], inits)
-      for inits in (["theirproject"], ["theirproject", "theirproject/microbert"])],
+    later(".", ["microbert"], []),
+    later("theirproject/microbert", ["microbert"], ["theirproject"]),
+    later("theirproject/microbert", ["microbert", "data", "glue"], ["theirproject"]),
+    ("theirproject/microbert", ["microbert", "data", "glue"],
+     ["theirproject", "theirproject/microbert"]),
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import slow
+from conftest import later, slow
 
 import glue
 import microbert
@@ -243,7 +243,7 @@ def test_snippet_of_the_model_alone(readme, home):
     assert names["output"].logits.softmax(-1)[0].tolist() == pytest.approx([*shares], abs=1e-6)
 
 
-@pytest.mark.parametrize("kind, width", [("ours", 16), ("ours", 8), ("transformers", 8)])
+@pytest.mark.parametrize("kind, width", [later("ours", 16), ("ours", 8), later("transformers", 8)])
 def test_snippet_of_a_loop_of_your_own(readme, home, monkeypatch, kind, width):
     """Catches parts that work with our BERT or one width alone, and a loss that does not reach the
     student or its maps."""

@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import os
 import random
 import re
 import shlex
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import slow
+from conftest import later, slow
 
 import data
 import glue
@@ -29,8 +30,9 @@ QUICK = ["--epochs", "1", "--teacher-epochs", "1", "--batch-size", "8", "--devic
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
-    """Experts fitted in less time; the built-in task's run, a process of its own, has them all."""
-    monkeypatch.setitem(microbert.fit_experts.__kwdefaults__, "steps", 30)
+    """Little time for experts and files; the built-in task's run, a process of its own, has it."""
+    monkeypatch.setitem(microbert.fit_experts.__kwdefaults__, "steps", 5)
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # no power fails here
 
 
 @pytest.fixture
@@ -282,7 +284,7 @@ def own_data(folder, labels, texts=1, counts=(60, 24, 9)):
     return folder
 
 
-@pytest.mark.parametrize("classes, texts", [(2, 1), (3, 2), (200, 1)])
+@pytest.mark.parametrize("classes, texts", [later(2, 1), (3, 2), later(200, 1)])
 def test_classes_of_your_own(files, capsys, classes, texts):
     """Catches a part of the method that takes two or three classes for granted, and lost names."""
     labels = [f"class {i}" for i in range(classes - 2)]
@@ -313,7 +315,7 @@ def test_scores_of_your_own(files, capsys, center, spread):
     """Catches scores learnt on a scale that only GLUE's 0..5 has, answers on another scale, and a
     teacher whose scores are scaled each time it is distilled."""
     folder = own_data(files / "mine", [str(center + spread * (i - 2)) for i in range(5)])
-    options = ("--regression", "--teacher-epochs", "30", "--epochs", "12", "--teacher-lr", "3e-3")
+    options = ("--regression", "--teacher-epochs", "12", "--epochs", "6", "--teacher-lr", "5e-3")
     assert distil(files, folder, *options) == 0
     assert f"predict {files / 'out'} '" in capsys.readouterr().out
     gold = glue.read(glue.own_task(folder, regression=True), "", "dev").labels

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from conftest import later, slow
-from test_run import QUICK, few_steps, files, refused, run, shape  # noqa: F401
+from test_run import FIT_STEPS, QUICK, few_steps, files, refused, run, shape  # noqa: F401
 
 import data
 import glue
@@ -234,7 +234,7 @@ def test_two_ablations_side_by_side(files):  # noqa: F811
         assert ablate(files, rows="full", seeds=seed, out="whole") == 0
     script = (
         "import sys, microbert\n"
-        "microbert.fit_experts.__kwdefaults__['steps'] = 5\n"
+        f"microbert.fit_experts.__kwdefaults__['steps'] = {FIT_STEPS}\n"
         "sys.exit(microbert.main(sys.argv[1:]))\n"
     )
     started, folder = [], microbert.Path(microbert.__file__).parent

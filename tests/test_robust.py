@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from conftest import later, slow
 from test_model import POINTER
-from test_run import QUICK, distil, few_steps, files, own_data, refused, run, shape  # noqa: F401
+from test_run import FIT_STEPS, QUICK, distil, few_steps, files, own_data, refused, run, shape  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
@@ -1045,7 +1045,8 @@ def test_nothing_around_a_run_changes_it(files, whole):
     script = (
         f"import torch; torch.set_num_threads({torch.get_num_threads()}); import microbert, sys"
     )
-    script += "; microbert.fit_experts.__kwdefaults__['steps'] = 30; sys.exit(microbert.main())"
+    script += f"; microbert.fit_experts.__kwdefaults__['steps'] = {FIT_STEPS}"
+    script += "; sys.exit(microbert.main())"
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG"))}
     environment |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONHASHSEED": "123", "COLUMNS": "30",
                     "PYTHONPATH": os.path.dirname(microbert.__file__), "TZ": "UTC"}  # fmt: skip

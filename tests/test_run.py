@@ -23,6 +23,7 @@ import glue
 import microbert
 from microbert import Bert, BertConfig, DistillConfig, load_bert, main, save_bert
 
+FIT_STEPS = 5  # of the experts
 WORDS = "a the cat dog bird fish sat ran ate saw on in mat tree not big small red old".split()
 QUICK = ["--epochs", "1", "--teacher-epochs", "1", "--batch-size", "8", "--device", "cpu",
          "--transfer-ratio", "0.5", "--max-length", "24", "--no-baseline", "--gan"]  # fmt: skip
@@ -31,7 +32,7 @@ QUICK = ["--epochs", "1", "--teacher-epochs", "1", "--batch-size", "8", "--devic
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
     """Little time for experts and files; the built-in task's run, a process of its own, has it."""
-    monkeypatch.setitem(microbert.fit_experts.__kwdefaults__, "steps", 5)
+    monkeypatch.setitem(microbert.fit_experts.__kwdefaults__, "steps", FIT_STEPS)
     monkeypatch.setattr(os, "fsync", lambda _: None)  # no power fails here
 
 

@@ -516,11 +516,18 @@ def test_script(tmp_path, capsys):
     rows = "[CLS] 2 0, un 21 0, ##hot 22 0, [SEP] 3 0, ! 11 1, [SEP] 3 1"  # VOCAB's line numbers
     shown = ["{:16}  {:>6}  segment {}".format(*row.split()) for row in rows.split(", ")]
     refused = f"error: {missing}: neither tokenizer.json nor vocab.txt in it\n"
-    words = [sys.executable, script, checkpoint(tmp_path, do_lower_case=True), "Unhot", "!"]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "\n".join(shown) + "\n", "")
-    assert data.main([str(missing), "hot"]) == 2
-    assert tuple(capsys.readouterr()) == ("", refused)
+    runs = [
+        (
+            [checkpoint(tmp_path, do_lower_case=True), "Unhot", "!"],
+            (0, "\n".join(shown) + "\n", ""),
+        ),
+        ([missing, "hot"], (2, "", refused)),
+    ]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = [subprocess.Popen([sys.executable, script, *args], **pipes) for args, _ in runs]
+    for process, (_, expected) in zip(started, runs):
+        out, err = process.communicate()
+        assert (process.returncode, out, err) == expected
     for wrong in ([], ["a"], ["a", "b", "c", "d"], ["--hlp", "x"], ["--help"]):
         assert data.main(wrong) == (0 if wrong == ["--help"] else 2)
         assert capsys.readouterr().err.startswith("usage: python data.py CHECKPOINT")

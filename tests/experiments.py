@@ -324,22 +324,28 @@ def by_seed(found, row, task, key):
     return {r["seed"]: r[key] for r in found if (r["task"], r["row"]) == (task, row) and key in r}
 
 
-def shown(values, digits, unit=1):
-    """mean ± sd (n), in a table's cell."""
-    if not values:
+def standard_error(numbers):
+    """Of their mean."""
+    return statistics.stdev(numbers) / len(numbers) ** 0.5
+
+
+def cell(numbers, digits, error, sign=""):
+    """mean ± error (n), in a table's cell."""
+    if not numbers:
         return "–"
-    own = [unit * value for value in values.values()]
-    sd = f" ± {statistics.stdev(own):.{digits}f}" if len(own) > 1 else ""
-    return f"{statistics.fmean(own):.{digits}f}{sd} ({len(own)})"
+    beside = f" ± {error(numbers):.{digits}f}" if len(numbers) > 1 else ""
+    return f"{statistics.fmean(numbers):{sign}.{digits}f}{beside} ({len(numbers)})"
+
+
+def shown(values, digits, unit=1):
+    """mean ± standard deviation (n) of what each seed got."""
+    return cell([unit * value for value in values.values()], digits, statistics.stdev)
 
 
 def apart_by(own, full, digits, unit=1):
-    """own - full over the seeds that both have, in a table's cell: mean ± standard error (n)."""
+    """own - full over the seeds that both have: mean ± standard error (n)."""
     gaps = [unit * (own[seed] - full[seed]) for seed in own if seed in full]
-    if not gaps:
-        return "–"
-    error = f" ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.{digits}f}" if len(gaps) > 1 else ""
-    return f"{statistics.fmean(gaps):+.{digits}f}{error} ({len(gaps)})"
+    return cell(gaps, digits, standard_error, "+")
 
 
 def table(title, *rows):
@@ -382,13 +388,38 @@ def differences(found, title, key, unit, digits, rows, tasks):
     return table(title, *lines)
 
 
+def targets(found, tasks):
+    """What was to be reached by the row `full`, and what was: mean ± standard error (n).
+
+    A whole run is its teacher's fine-tuning too, if that was timed at the same commit; the student
+    on labels alone, which `distill` trains for comparison, is not in it.
+    """
+    full, alone = [r for r in found if r["row"] == "full"], {}
+    for r in found:
+        alone[r["task"], r["seed"], r["commit"], r["row"]] = r["seconds"]
+    for r in full:
+        if taught := alone.get((r["task"], r["seed"], r["commit"], "teacher")):
+            spent = {name: s for name, s in r.get("phases", {}).items() if name != "teacher"}
+            r["whole"] = 1 + sum(spent.values()) / taught
+    lines = [["", "target", *tasks]]
+    for key, digits, unit, target, name in (
+        ("unseen_distance", 3, 1, "≤ 0.15 on MRPC and CoLA", "distance on unseen text"),
+        ("unseen_agreement", 1, 1, "≥ 92", "agreement on unseen text, %"),
+        ("whole", 2, 1, "≤ 3", "a whole run, in times of its teacher's fine-tuning"),
+        ("retention", 1, 100, "≥ 101.14 on the mean of the tasks", "% of the teacher's score"),
+    ):
+        got = [[unit * r[key] for r in full if r["task"] == task and key in r] for task in tasks]
+        lines.append([name, target, *(cell(own, digits, standard_error) for own in got)])
+    return table("Targets", *lines)
+
+
 def tables():
     """Writes the tables of tests/RESULTS.md anew, between its two marks."""
     found, file = results(), HERE / "RESULTS.md"
     had = dict.fromkeys(r["row"] for r in found)
     rows = [row for row in dict.fromkeys([*COMPARED, *PEERS, *had]) if row in had]
     tasks = [task for task in TASKS if any(r["task"] == task for r in found)]
-    made = [compared(found, tasks)]
+    made = [compared(found, tasks), targets(found, tasks)]
     for kind, title in (("dev", "on dev"), ("unseen", "on unseen transfer text")):
         key = f"{kind}_distance"
         made.append(differences(found, f"Distance {title}, minus full's", key, 1, 4, rows, tasks))
@@ -439,7 +470,8 @@ def draw():
             parts.append(f'<text x="{at}" y="{height - 44}">{("cls", "max", "mean")[e % 3]}</text>')
         for block in range(views // 3):
             at = left + 108 * block + 54
-            what = "its block's last layer" if 3 * block + 3 == views else f"layer {block + 1}"
+            which = "last layer" if 3 * block + 3 == views else f"layer {block + 1}"
+            what = f"its block's {which}"
             parts.append(f'<text x="{at}" y="{height - 28}" fill="#666">{what}</text>')
     told = "weight of each view of the teacher's layers in the gate (mean over seeds)"
     parts.append(f'<text x="{width / 2}" y="{height - 8}">{told}</text>')

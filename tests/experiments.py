@@ -494,6 +494,8 @@ def act(command, words):
         parser.add_argument("--seeds", default="0,1,2")
         parser.add_argument("--rows", default=",".join([*COMPARED][1:]))
         asked, rest = parser.parse_known_args(words)
+        if not re.fullmatch(r"\d{1,18}(,\d{1,18})*", asked.seeds):
+            raise ValueError(f"--seeds is '{asked.seeds}', expected e.g. 0,1,2")
         seeds = [int(seed) for seed in asked.seeds.split(",")]
         run(asked.tasks.split(","), seeds, re.split(r"[\s,]+(?=[a-z])", asked.rows), rest)
     else:

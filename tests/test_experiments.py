@@ -256,6 +256,8 @@ def test_texts_to_choose_on(files, tmp_path, capsys):  # noqa: F811
     assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "no").exists()
     assert experiments.main(["run", "--tasks", "RTE", "--rows", "soft-only", "--bert", "x"]) == 2
     assert capsys.readouterr().err.startswith("error: --rows: no 'soft-only' (full, ")
+    assert experiments.main(["run", "--tasks", "RTE", "--seeds", "0;1", "--bert", "x"]) == 2
+    assert capsys.readouterr().err == "error: --seeds is '0;1', expected e.g. 0,1,2\n"
     for task, pairs in (("SST-2", False), ("RTE", True)):
         parts = [glue.read(task, tmp_path / "cut", split) for split in ("train", "dev")]
         said = [{*data.sentences_of(part.texts)} for part in parts]
@@ -295,6 +297,24 @@ def test_the_page_of_results_is_made_from_them(root, tmp_path, monkeypatch, caps
     section = readme.split("\n## Results\n")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("|")]
     assert len(rows) > 5 and set(rows) <= {*page.splitlines()}
+
+
+def test_targets_beside_what_was_reached():
+    """Catches a standard deviation for an error, a teacher of another commit, its score twice."""
+    common = {"task": "MRPC", "commit": "x"}
+    found = [{"row": "teacher", "seed": seed, "seconds": 100, **common} for seed in (0, 1, 2)]
+    for seed, gap in ((0, 0.1), (1, 0.2), (2, 0.6)):
+        own = {"row": "full", "seed": seed, "seconds": 7, "retention": 1 - gap, **common}
+        own |= {
+            "unseen_distance": gap,
+            "phases": {"teacher": 50, "cache": 30, "student": 100 * gap},
+        }
+        found.append(own | ({"commit": "y"} if seed == 2 else {}))
+    cells = cells_of(experiments.targets(found, ["MRPC", "CoLA"]), "Targets")
+    assert cells["distance on unseen text"][1:] == ["0.300 ± 0.153 (3)", "–"]
+    assert cells["agreement on unseen text, %"][1:] == ["–", "–"]
+    assert cells["% of the teacher's score"][1] == "70.0 ± 15.3 (3)"
+    assert cells["a whole run, in times of its teacher's fine-tuning"][1] == "1.45 ± 0.05 (2)"
 
 
 def test_what_is_checked_in_is_drawn_from_the_results(root, tmp_path, monkeypatch):

@@ -579,6 +579,8 @@ class DistillConfig:
                 raise ValueError(f"{flag(f.name)} is {value!r}, expected {low} to {high}")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"--precision is {self.precision!r}, expected auto, fp32 or bf16")
+        if not re.fullmatch(r"\d{1,18}(,\d{1,18})*", self.seeds):
+            raise ValueError(f"--seeds is '{self.seeds}', expected e.g. 0,1,2")
         if self.bert and self.teacher:
             raise ValueError("--bert and --teacher exclude each other: one becomes a teacher")
         if self.transfer and not self.transfer_ratio:
@@ -1327,8 +1329,6 @@ def ablate(config: DistillConfig) -> dict[str, Any]:
     """
     out = Path(config.out or "out")
     rows = {row: row_config(config, row) for row in re.split(r"[\s,]+(?=[a-z])", config.rows)}
-    if not re.fullmatch(r"\d{1,18}(,\d{1,18})*", config.seeds):
-        raise ValueError(f"--seeds is '{config.seeds}', expected e.g. 0,1,2")
     teachers = []
     for seed in dict.fromkeys(map(int, config.seeds.split(","))):
         teacher, home = config.teacher.replace("{seed}", str(seed)), str(out / f"seed-{seed}")

@@ -329,23 +329,19 @@ def standard_error(numbers):
     return statistics.stdev(numbers) / len(numbers) ** 0.5
 
 
-def cell(numbers, digits, error, sign=""):
-    """mean ± error (n), in a table's cell."""
-    if not numbers:
+def shown(values, digits, unit=1, error=statistics.stdev, sign=""):
+    """mean ± error (n) of what each seed got, in a table's cell."""
+    if not values:
         return "–"
-    beside = f" ± {error(numbers):.{digits}f}" if len(numbers) > 1 else ""
-    return f"{statistics.fmean(numbers):{sign}.{digits}f}{beside} ({len(numbers)})"
-
-
-def shown(values, digits, unit=1):
-    """mean ± standard deviation (n) of what each seed got."""
-    return cell([unit * value for value in values.values()], digits, statistics.stdev)
+    own = [unit * value for value in values.values()]
+    beside = f" ± {error(own):.{digits}f}" if len(own) > 1 else ""
+    return f"{statistics.fmean(own):{sign}.{digits}f}{beside} ({len(own)})"
 
 
 def apart_by(own, full, digits, unit=1):
     """own - full over the seeds that both have: mean ± standard error (n)."""
-    gaps = [unit * (own[seed] - full[seed]) for seed in own if seed in full]
-    return cell(gaps, digits, standard_error, "+")
+    gaps = {seed: own[seed] - full[seed] for seed in own if seed in full}
+    return shown(gaps, digits, unit, standard_error, "+")
 
 
 def table(title, *rows):
@@ -394,13 +390,12 @@ def targets(found, tasks):
     A whole run is its teacher's fine-tuning too, if that was timed at the same commit; the student
     on labels alone, which `distill` trains for comparison, is not in it.
     """
-    full, alone = [r for r in found if r["row"] == "full"], {}
-    for r in found:
-        alone[r["task"], r["seed"], r["commit"], r["row"]] = r["seconds"]
+    taught = {(r["task"], r["seed"], r["commit"]): r for r in found if r["row"] == "teacher"}
+    full = [dict(r) for r in found if r["row"] == "full"]
     for r in full:
-        if taught := alone.get((r["task"], r["seed"], r["commit"], "teacher")):
-            spent = {name: s for name, s in r.get("phases", {}).items() if name != "teacher"}
-            r["whole"] = 1 + sum(spent.values()) / taught
+        if alone := taught.get((r["task"], r["seed"], r["commit"])):
+            spent = sum(s for name, s in r["phases"].items() if name != "teacher")
+            r["whole"] = 1 + spent / alone["seconds"]
     lines = [["", "target", *tasks]]
     for key, digits, unit, target, name in (
         ("unseen_distance", 3, 1, "≤ 0.15 on MRPC and CoLA", "distance on unseen text"),
@@ -408,8 +403,8 @@ def targets(found, tasks):
         ("whole", 2, 1, "≤ 3", "a whole run, in times of its teacher's fine-tuning"),
         ("retention", 1, 100, "≥ 101.14 on the mean of the tasks", "% of the teacher's score"),
     ):
-        got = [[unit * r[key] for r in full if r["task"] == task and key in r] for task in tasks]
-        lines.append([name, target, *(cell(own, digits, standard_error) for own in got)])
+        got = [by_seed(full, "full", task, key) for task in tasks]
+        lines.append([name, target, *(shown(own, digits, unit, standard_error) for own in got)])
     return table("Targets", *lines)
 
 
@@ -494,9 +489,7 @@ def act(command, words):
         parser.add_argument("--seeds", default="0,1,2")
         parser.add_argument("--rows", default=",".join([*COMPARED][1:]))
         asked, rest = parser.parse_known_args(words)
-        if not re.fullmatch(r"\d{1,18}(,\d{1,18})*", asked.seeds):
-            raise ValueError(f"--seeds is '{asked.seeds}', expected e.g. 0,1,2")
-        seeds = [int(seed) for seed in asked.seeds.split(",")]
+        seeds = [int(seed) for seed in m.DistillConfig(seeds=asked.seeds).seeds.split(",")]
         run(asked.tasks.split(","), seeds, re.split(r"[\s,]+(?=[a-z])", asked.rows), rest)
     else:
         print(__doc__, file=sys.stderr)

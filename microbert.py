@@ -289,8 +289,9 @@ def soft_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Ten
     """KL(teacher || student) of softened predictions, times temperature squared [3].
 
     student, teacher: logits (B, C) -> (). A softmax over one logit is constant, so scores (C = 1)
-    take the mean squared error, OURS(7).
+    take the mean squared error, OURS(7). The gradient is the student's alone.
     """
+    teacher = teacher.detach()
     if student.shape[-1] == 1:
         return F.mse_loss(student, teacher)
     target = F.log_softmax(teacher / temperature, dim=-1)  # (B, C)

@@ -245,7 +245,7 @@ def test_outputs_of_a_model():
 
 def test_soft_loss_by_hand():
     """Catches a missing T^2, swapped arguments, a mean over classes, and KL over one logit; a lost
-    T^2: at high T the gradient tends to (s - t) / C [3, section 2.1].
+    T^2: at high T the gradient tends to (s - t) / C [3, section 2.1]; a gradient into the teacher.
 
     T = 2, teacher (2 ln 3, 0) -> (.75, .25), student (0, 0) -> (.5, .5):
     KL = .75 ln 1.5 + .25 ln .5 = .130812, times 4 = .523248. Scores: ((3 - 1)^2 + 0) / 2.
@@ -256,11 +256,14 @@ def test_soft_loss_by_hand():
     doubled = microbert.soft_loss(student.expand(6, 2), teacher.expand(6, 2), 2.0)
     assert doubled.item() == pytest.approx(expected)
     for temperature in (20.0, 200.0):
-        teacher, student = torch.tensor([[1.0, -1.0]]), torch.zeros(1, 2, requires_grad=True)
+        teacher = torch.tensor([[1.0, -1.0]], requires_grad=True)
+        student = torch.zeros(1, 2, requires_grad=True)
         microbert.soft_loss(student, teacher, temperature).backward()
-        torch.testing.assert_close(student.grad, -teacher / 2, atol=1e-2, rtol=0)
-    student, teacher = torch.tensor([[1.0], [4.0]]), torch.tensor([[3.0], [4.0]])
+        torch.testing.assert_close(student.grad, -teacher.detach() / 2, atol=1e-2, rtol=0)
+        assert teacher.grad is None
+    student, teacher = torch.tensor([[1.0], [4.0]]), torch.tensor([[3.0], [4.0]]).requires_grad_()
     assert microbert.soft_loss(student, teacher, 2.0).item() == pytest.approx(2.0)
+    assert not microbert.soft_loss(student, teacher).requires_grad  # no more do scores
 
 
 def test_hard_loss_by_hand():

@@ -1,7 +1,7 @@
 """The experiments behind tests/RESULTS.md: runs them, writes its tables, draws its picture.
 
 python tests/experiments.py run --tasks MRPC,CoLA --seeds 0,1,2 --rows full,no-fal,tinybert
-    --out runs/experiments --data-dir glue --bert path/to/bert [any option of distil]
+    --out runs/experiments --data-dir glue --bert path/to/bert [--results FILE] [any of distil's]
 python tests/experiments.py cut --data-dir glue --out runs/cut
 python tests/experiments.py tables
 python tests/experiments.py draw
@@ -9,7 +9,8 @@ python tests/experiments.py draw
 `cut` makes GLUE folders to choose in: a tenth of train, at most 2,000 texts, stands in for dev.
 `run` trains `microbert.py ablate`'s rows, and the peers' recipes below, task by task and seed by
 seed. A finished row is kept in OUT/TASK/seed-S/ROW at once and not run again; a seed's rows become
-lines of tests/results.jsonl together. Seeds may run side by side.
+lines of tests/results.jsonl together, or of FILE. Seeds may run side by side. What has its line
+is not run again: for that name another FILE, and another OUT.
 `tables` (between the two marks of tests/RESULTS.md) and `draw` (tests/gates.svg) read that file
 alone.
 """
@@ -264,20 +265,22 @@ def apart(config, folder, row):
 # --- running -------------------------------------------------------------------------------------
 
 
-def results():
-    """Every line of results.jsonl."""
-    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
+def results(file=None):
+    """Every line of results.jsonl, or of another file."""
+    file = file or RESULTS
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     return [json.loads(line) for line in lines]
 
 
-def run(tasks, seeds, rows, options):
-    """Trains what results.jsonl lacks, all rows of a task and seed in turn."""
+def run(tasks, seeds, rows, options, file):
+    """Trains what the file of results lacks, all rows of a task and seed in turn."""
     commit, changed = (
         subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True).stdout.strip()
         for words in (["rev-parse", "--short=7", "HEAD"],
                       ["status", "--porcelain", "-uno", "--", ":/", f":!/tests/{RESULTS.name}"])
     )  # fmt: skip
     commit += "-dirty" * bool(changed)
+    file.parent.mkdir(parents=True, exist_ok=True)
     ours = [row for row in rows if row not in PEERS]
     for seed in seeds:
         for task in tasks:
@@ -287,7 +290,7 @@ def run(tasks, seeds, rows, options):
 
             def note(found, task=task, seed=seed, kept=kept, config=config, out=out):
                 """Appends what is not there yet."""
-                known = {(r["task"], r["seed"], r["row"]) for r in results()}
+                known = {(r["task"], r["seed"], r["row"]) for r in results(file)}
                 for result in found:
                     if (task, result["seed"], result["row"]) not in known:
                         if result["row"] not in ("teacher", *PEERS):
@@ -299,10 +302,12 @@ def run(tasks, seeds, rows, options):
                             )  # all of a row that its text depends on
                             result |= apart(asked, out / f"seed-{seed}", result["row"])
                         line = {"task": task, **result, "options": kept, "commit": commit}
-                        with RESULTS.open("a", encoding="utf-8") as file:
-                            file.write(json.dumps(line) + "\n")
+                        with file.open("a", encoding="utf-8") as lines:
+                            lines.write(json.dumps(line) + "\n")
 
-            known = {r["row"] for r in results() if (r["task"], r["seed"]) == (task, seed)}
+            known = {r["row"] for r in results(file) if (r["task"], r["seed"]) == (task, seed)}
+            if there := ", ".join(row for row in rows if row in known):
+                print(f"{task}, seed {seed}: {file} has {there}; --results FILE to run it again")
             if new := [row for row in ours if row not in known]:
                 found = m.ablate(replace(config, out=str(out), rows=" ".join(new)))["runs"]
                 note(result for result in found if result["seed"] == seed)
@@ -488,9 +493,11 @@ def act(command, words):
         parser.add_argument("--tasks", default=",".join(TASKS))
         parser.add_argument("--seeds", default="0,1,2")
         parser.add_argument("--rows", default=",".join([*COMPARED][1:]))
+        parser.add_argument("--results", type=Path, default=RESULTS)
         asked, rest = parser.parse_known_args(words)
         seeds = [int(seed) for seed in m.DistillConfig(seeds=asked.seeds).seeds.split(",")]
-        run(asked.tasks.split(","), seeds, re.split(r"[\s,]+(?=[a-z])", asked.rows), rest)
+        rows = re.split(r"[\s,]+(?=[a-z])", asked.rows)
+        run(asked.tasks.split(","), seeds, rows, rest, asked.results)
     else:
         print(__doc__, file=sys.stderr)
         return 2

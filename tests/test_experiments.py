@@ -170,7 +170,7 @@ def test_runs_are_written_at_once_and_not_repeated(files, tmp_path, monkeypatch,
     capsys.readouterr()
     assert experiments.main([*made, "--seeds", "0,1", "--rows", "full,tinybert,pkd"]) == 0
     assert (tmp_path / "results.jsonl").read_text() == before
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out.count(" has full, tinybert, pkd; --results FILE ") == 4
     again = [str(tmp_path / "new") if word == str(tmp_path / "runs") else word for word in made]
     at = again.index("--bert")  # the peers alone, of a given teacher, in another --out
     again[at : at + 2] = ["--teacher", str(tmp_path / "runs/SST-2/seed-{seed}")]
@@ -228,7 +228,7 @@ def test_the_rows_of_a_seed_run_together(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results.jsonl")
     known = {"task": "RTE", "row": "no-fal", "seed": 1}
     (tmp_path / "results.jsonl").write_text(json.dumps(known) + "\n")
-    asked = []
+    file, asked = tmp_path / "results.jsonl", []
 
     def ablate(config):
         asked.append(config.rows)
@@ -237,12 +237,19 @@ def test_the_rows_of_a_seed_run_together(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(experiments.m, "ablate", ablate)
     monkeypatch.setattr(experiments, "apart", lambda config, folder, row: {"from": folder.name})
-    experiments.run(["RTE"], [1], ["full", "no-fal", "gan"], ["--bert", "x", "--out", "o"])
+    experiments.run(["RTE"], [1], ["full", "no-fal", "gan"], ["--bert", "x", "--out", "o"], file)
     assert asked == ["full gan"]
+    assert capsys.readouterr().out.startswith(f"RTE, seed 1: {file} has no-fal; --results ")
     assert experiments.main(["draw"]) == 2 and "`full`" in capsys.readouterr().err
     first, *new = experiments.results()
     assert first == known and [(r["row"], r["seed"], r.get("from")) for r in new] == [
         ("teacher", 1, None), ("full", 1, "seed-1"), ("gan", 1, "seed-1")]  # fmt: skip
+    asked.clear()  # a second time, to be compared with the first
+    again = ["--rows", "full", "--results", str(tmp_path / "new/again.jsonl")]
+    command = ["run", "--tasks", "RTE", "--seeds", "1", "--bert", "x", "--out", "o", *again]
+    assert experiments.main(command) == 0 and asked == ["full"]
+    assert experiments.results(tmp_path / "new/again.jsonl") == new[:2]
+    assert len(experiments.results()) == 4
 
 
 def test_texts_to_choose_on(files, tmp_path, capsys):  # noqa: F811

@@ -43,7 +43,7 @@ TASKS = ("MRPC", "STS-B", "CoLA", "SST-2")
 PEERS = ("tinybert", "pkd")
 COMPARED = {  # the README's table
     "teacher": "teacher, 12 layers", "full": "MicroBERT, 6 layers", "no-moe": "without experts",
-    "no-fal": "without feature alignment", "gan": "with the discriminator",
+    "no-fal": "without FAL", "gan": "with the discriminator",
     "no-soft": "without soft targets", "no-transfer": "without transfer text",
 }  # fmt: skip
 START, END = "<!-- tables: python tests/experiments.py tables -->\n\n", "<!-- end -->"

@@ -266,10 +266,14 @@ def apart(config, folder, row):
 
 
 def results(file=None):
-    """Every line of results.jsonl, or of another file."""
-    file = file or RESULTS
+    """Every line of results.jsonl, or of another file; ValueError for a line that is no run's."""
+    file, found = file or RESULTS, []
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return [json.loads(line) for line in lines]
+    for number, line in enumerate(lines, 1):
+        if not re.fullmatch(r'\{"task": .*"row": .*"seed": .*\}', line):
+            raise ValueError(f"{file}:{number}: '{line[:40]}', expected a line that `run` wrote")
+        found.append(json.loads(line))
+    return found
 
 
 def run(tasks, seeds, rows, options, file):

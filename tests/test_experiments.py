@@ -250,6 +250,11 @@ def test_the_rows_of_a_seed_run_together(tmp_path, monkeypatch, capsys):
     assert experiments.main(command) == 0 and asked == ["full"]
     assert experiments.results(tmp_path / "new/again.jsonl") == new[:2]
     assert len(experiments.results()) == 4
+    page = tmp_path / "page.md"
+    page.write_text("# Results\n")
+    assert experiments.main([*command[:-1], str(page)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {page}:1: '# Results', expected a line ")
+    assert page.read_text() == "# Results\n"
 
 
 def test_texts_to_choose_on(files, tmp_path, capsys):  # noqa: F811
